@@ -1,0 +1,108 @@
+"""The systems there are: read from the YAML beside each paper's file, without importing torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from limbeck.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from limbeck.training.method import Method
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_FOLDER = Path(__file__).parent / "systems"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper and its tags in Gou et al.'s survey of knowledge distillation (2021)."""
+
+    number: int
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    venue: str
+    link: str
+    knowledge: tuple[str, ...] = ()
+    scheme: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+    task: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class System:
+    """A paper's system: its idea, its presets, what was measured, and where its code lies."""
+
+    slug: str
+    domain: str
+    paper: Paper
+    idea: str
+    equations: str
+    method: str
+    presets: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    results: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    notes: str = ""
+
+    def method_class(self) -> type[Method]:
+        """The class that the system's YAML names, from the file beside it."""
+        module = f"limbeck.systems.{self.domain}.{self.slug.replace('-', '_')}"
+        found: type[Method] = getattr(importlib.import_module(module), self.method)
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``limbeck list --json`` says of the system."""
+        paper = self.paper
+        return {
+            "number": paper.number,
+            "slug": self.slug,
+            "title": paper.title,
+            "authors": list(paper.authors),
+            "year": paper.year,
+            "venue": paper.venue,
+            "link": paper.link,
+            "domain": self.domain,
+            "knowledge": list(paper.knowledge),
+            "scheme": list(paper.scheme),
+            "kind": list(paper.kind),
+            "task": list(paper.task),
+            "presets": list(self.presets),
+        }
+
+
+@cache
+def systems() -> dict[str, System]:
+    """All systems by slug, in the order of their numbers."""
+    found = [_read(path) for path in _FOLDER.glob("*/*.yaml")]
+    return {system.slug: system for system in sorted(found, key=lambda s: s.paper.number)}
+
+
+def system(slug: str) -> System:
+    """The system of this slug.
+
+    Raises:
+        UserError: there is none, with the near names.
+    """
+    known = systems()
+    if slug not in known:
+        raise UserError(f"there is no system {slug!r}; {did_you_mean(slug, known)}")
+    return known[slug]
+
+
+def _read(path: Path) -> System:
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
+    paper = content.pop("paper")
+    facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in paper.items()}
+    return System(
+        slug=path.stem.replace("_", "-"),
+        domain=path.parent.name,
+        paper=Paper(**facts),
+        results=tuple(content.pop("results", ())),
+        **content,
+    )

@@ -1,0 +1,335 @@
+"""The command line: parses and prints, nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from limbeck.errors import UserError
+
+if TYPE_CHECKING:
+    from limbeck.catalogue import System
+
+app = typer.Typer(
+    name="limbeck",
+    help="Knowledge distillation: a large teacher goes in, a small student comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Preset = Annotated[str, typer.Option(help="smoke (seconds), small (minutes) or paper")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="digits, mnist:PATH, cifar100:PATH, folder:PATH, parquet:PATH ..."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="resnet20, torchvision:NAME, timm:NAME, hf:NAME, run:PATH or file:PATH"),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="a recipe key: student.training.epochs=3")
+]
+Seed = Annotated[int | None, typer.Option(help="of the first comparison", min=0)]
+Seeds = Annotated[int | None, typer.Option(help="how many paired comparisons", min=1)]
+Out = Annotated[Path | None, typer.Option(help="the run folder; it must not exist yet")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def _echo(text: str) -> None:
+    typer.echo(text)
+
+
+@app.command("list", epilog="Example: limbeck list --task detection --json")
+def list_(
+    domain: Annotated[str | None, typer.Option(help="classification, language ...")] = None,
+    knowledge: Annotated[str | None, typer.Option(help="response, feature or relation")] = None,
+    scheme: Annotated[str | None, typer.Option(help="offline, online or self")] = None,
+    kind: Annotated[str | None, typer.Option(help="adversarial, multi-teacher ...")] = None,
+    task: Annotated[str | None, typer.Option(help="part of a task's name")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the systems."""
+    from limbeck.catalogue import systems
+
+    wanted = {"knowledge": knowledge, "scheme": scheme, "kind": kind, "task": task}
+    found = [
+        system
+        for system in systems().values()
+        if (domain is None or domain == system.domain)
+        and all(
+            word is None or any(word.lower() in tag.lower() for tag in getattr(system.paper, name))
+            for name, word in wanted.items()
+        )
+    ]
+    if as_json:
+        _echo(json.dumps([system.as_json() for system in found], indent=2))
+        return
+    width = max((len(s.slug) for s in found), default=4)
+    for system in found:
+        paper = system.paper
+        tags = "; ".join(
+            ", ".join(tags)
+            for tags in (paper.knowledge, paper.scheme, paper.kind, paper.task)
+            if tags
+        )
+        _echo(f"{paper.number:02d}  {system.slug:<{width}}  {paper.title} ({paper.year}) [{tags}]")
+
+
+@app.command(epilog="Example: limbeck show kd")
+def show(slug: str) -> None:
+    """Show a system: idea, equations, parameters, how to run it, what was measured."""
+    from limbeck.catalogue import system
+
+    _echo(_card(system(slug)))
+
+
+def _card(system: System) -> str:
+    from limbeck.training.parameters import schema
+
+    paper = system.paper
+    lines = [
+        f"{paper.number:02d} {system.slug}: {paper.title}",
+        f"{', '.join(paper.authors)}. {paper.venue}, {paper.year}. {paper.link}",
+        "",
+        system.idea.strip(),
+        "",
+        "Equations",
+        *("  " + line for line in system.equations.strip().splitlines()),
+        "",
+        f"Parameters of {system.method} (--set method.NAME=VALUE)",
+    ]
+    for name, field in schema(system.method_class()).model_fields.items():
+        limits = ", ".join(repr(m) for m in field.metadata)
+        lines.append(f"  {name} = {field.default!r}" + (f"  ({limits})" if limits else ""))
+    lines += ["", "Run"]
+    lines += [f"  limbeck run {system.slug} --preset {name}" for name in system.presets]
+    if system.notes:
+        lines += ["", "Notes", "  " + system.notes.strip()]
+    lines += ["", "Measured"]
+    for result in system.results:
+        lines.append(f"  {result['data']}: {result['figures']}")
+        lines.append(f"    {result['command']}")
+        lines.append(f"    {result['machine']}, {result['date']}")
+    if not system.results:
+        lines.append("  nothing yet")
+    return "\n".join(lines)
+
+
+@app.command(
+    epilog="Examples: limbeck run kd --preset smoke; limbeck run kd --data mnist:PATH --seeds 3; "
+    "limbeck run recipe.yaml --set student.training.epochs=5"
+)
+def run(
+    system: Annotated[str, typer.Argument(help="a system's slug, or a recipe file")],
+    preset: Preset = "small",
+    data: DataOption = None,
+    teacher: Model = None,
+    student: Model = None,
+    assign: Set = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+) -> None:
+    """Run a system end to end: teacher, plain student, distilled student, report."""
+    from limbeck import recipes
+    from limbeck.catalogue import system as find
+
+    if system.endswith((".yaml", ".yml")):
+        values = recipes.read(Path(system))
+    else:
+        chosen = find(system)
+        source = data or recipes.preset_source(chosen, preset)
+        from limbeck.data import kind_of
+
+        values = recipes.preset(chosen, preset, kind_of(source))
+    _start(
+        values,
+        data=data,
+        teacher=teacher,
+        student=student,
+        assign=assign,
+        seed=seed,
+        seeds=seeds,
+        out=out,
+    )
+
+
+def _start(
+    values: dict[str, Any],
+    *,
+    data: str | None = None,
+    teacher: str | None = None,
+    student: str | None = None,
+    assign: Sequence[str] | None = None,
+    seed: int | None = None,
+    seeds: int | None = None,
+    out: Path | None = None,
+) -> None:
+    from limbeck import recipes
+    from limbeck.distillation import start
+
+    given: dict[str, Any] = {}
+    if data is not None:
+        given["data"] = {"source": data}
+    if student is not None:
+        given["student"] = {"model": student}
+    if seed is not None:
+        given["seed"] = seed
+    if seeds is not None:
+        given["seeds"] = seeds
+    values = recipes.merged(values, given)
+    if teacher is not None:
+        values = recipes.with_teachers(values, [teacher])
+    start(recipes.validate(recipes.assigned(values, assign or ())), out)
+
+
+@app.command(
+    epilog="Example: limbeck distill --teacher run:runs/teacher --student mobilenetv2 "
+    "--data folder:photos --method kd --epochs 30"
+)
+def distill(
+    teacher: Annotated[list[str], typer.Option(help="one or several; see limbeck run --help")],
+    student: Annotated[str, typer.Option(help="the model to train")],
+    data: Annotated[str, typer.Option(help="what to learn from, such as folder:PATH")],
+    method: Annotated[list[str] | None, typer.Option(help="a system; several add up")] = None,
+    epochs: Annotated[int, typer.Option(min=0)] = 20,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="peak learning rate of AdamW")] = 1e-3,
+    baseline: Annotated[bool, typer.Option(help="train the plain student too")] = True,
+    assign: Set = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    out: Out = None,
+) -> None:
+    """Distil your own teacher into your own student on your own data."""
+    from limbeck import recipes
+
+    values = recipes.for_own_models(
+        methods=method or ["kd"],
+        data=data,
+        student=student,
+        training={"epochs": epochs, "batch_size": batch_size, "lr": lr},
+    )
+    values = recipes.with_teachers({**values, "baseline": baseline}, teacher)
+    _start(values, assign=assign, seed=seed, seeds=seeds, out=out)
+
+
+@app.command(epilog="Example: limbeck train --model resnet32 --data folder:photos --epochs 30")
+def train(
+    model: Annotated[str, typer.Option(help="see limbeck run --help")],
+    data: Annotated[str, typer.Option(help="what to learn from, such as folder:PATH")],
+    epochs: Annotated[int, typer.Option(min=0)] = 20,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="peak learning rate of AdamW")] = 1e-3,
+    assign: Set = None,
+    seed: Seed = None,
+    out: Out = None,
+) -> None:
+    """Train a model on labels alone: a teacher to be."""
+    from limbeck import recipes
+
+    values = recipes.for_own_models(
+        methods=[],
+        data=data,
+        student=model,
+        training={"epochs": epochs, "batch_size": batch_size, "lr": lr},
+    )
+    _start(values, assign=assign, seed=seed, out=out)
+
+
+@app.command(epilog="Example: limbeck resume runs/kd-digits-20260101-120000")
+def resume(folder: Path) -> None:
+    """Continue a run where it was stopped."""
+    from limbeck.distillation import resume as go_on
+
+    go_on(folder)
+
+
+@app.command(epilog="Example: limbeck evaluate run:runs/photos --data folder:photos --split test")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="see limbeck run --help")],
+    data: Annotated[str, typer.Option(help="such as folder:PATH")],
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Measure a model on a split of a data set."""
+    from limbeck.distillation import measure
+
+    found = measure(model, data, split)
+    if as_json:
+        _echo(json.dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            _echo(f"{name:<20}{value:.4f}")
+
+
+@app.command(epilog="Example: limbeck predict run:runs/photos cat.jpg dog.jpg --top 3")
+def predict(
+    model: Annotated[str, typer.Argument(help="run:PATH, file:PATH or a run folder")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    top: Annotated[int, typer.Option(min=1, help="how many classes")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Tell what a student sees in images."""
+    from limbeck.distillation import recognise
+
+    found = recognise(model, images, top)
+    if as_json:
+        _echo(json.dumps(found, indent=2))
+        return
+    for entry in found:
+        guesses = ", ".join(f"{g['class']} {g['probability']:.1%}" for g in entry["classes"])
+        _echo(f"{entry['image']}: {guesses}")
+
+
+@app.command(epilog="Example: limbeck report runs/kd-digits-20260101-120000")
+def report(folder: Path) -> None:
+    """Draw a run's report again."""
+    from limbeck.report import page
+    from limbeck.training.run import Run
+
+    _echo(str(page.write(Run.open(folder))))
+
+
+@app.command(epilog="Example: limbeck profile resnet20 --size 32 --classes 100")
+def profile(
+    model: Annotated[str, typer.Argument(help="see limbeck run --help")],
+    size: Annotated[int, typer.Option(min=1, help="pixels")] = 32,
+    channels: Annotated[int, typer.Option(min=1, max=3)] = 3,
+    classes: Annotated[int, typer.Option(min=1)] = 100,
+    as_json: Json = False,
+) -> None:
+    """Count a model's parameters and multiply-adds and measure its size and latency."""
+    from limbeck.distillation import weigh
+
+    found = weigh(model, (channels, size, size), classes)
+    if as_json:
+        _echo(json.dumps(found, indent=2))
+        return
+    _echo(f"parameters     {found['parameters']:,}")
+    _echo(f"multiply-adds  {found['multiply_adds']:,}")
+    _echo(f"size           {found['bytes'] / 1e6:.2f} MB")
+    for name, value in found["latency_ms"].items():
+        _echo(f"latency {name}    {value:.2f} ms")
+
+
+def main() -> None:
+    """Run the command line; the exit status is 0, 2 for a user's mistake, 1 for anything else."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"limbeck: {error}", err=True)
+        sys.exit(2)
+    except Exception as error:
+        status = getattr(error, "status", None)
+        if status is None:
+            raise
+        typer.echo(f"limbeck: {error}", err=True)
+        sys.exit(status)

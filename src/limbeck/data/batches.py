@@ -1,0 +1,156 @@
+"""Batches of images in an order that is a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from limbeck.data.augment import Augment
+from limbeck.data.data import Images, ResidentImages, Split
+from limbeck.errors import UserError
+from limbeck.training.seeding import derive
+from limbeck.training.task import Batch
+
+
+class ImageBatches:
+    """Batches of a split: ``image`` float (B, C, H, W) in [0, 1], ``row`` int64, ``label`` int64.
+
+    Args:
+        split: the samples; without labels there is no ``label`` in the batches.
+        batch_size: samples a step, over all processes.
+        seed: decides order and augmentation.
+        train: shuffle and augment; otherwise the split's own order and pixels.
+        augment: what is done at random to training images.
+        workers: processes that read images which are not in memory.
+        device: where the batches are made; images in memory are moved there once.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        train: bool = False,
+        augment: Augment | None = None,
+        workers: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.train = train
+        self.augment = augment or Augment()
+        self.workers = workers
+        self.device = device or torch.device("cpu")
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The positions of the split's samples in the order of this epoch."""
+        if not self.train:
+            return torch.arange(len(self.split))
+        generator = torch.Generator().manual_seed(derive(self.seed, epoch) >> 1)
+        return torch.randperm(len(self.split), generator=generator)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from step ``start`` on, this process's share of each."""
+        chunks = list(self.order(epoch).split(self.batch_size))[start:]
+        rank, world = 0, 1
+        if self.train and dist.is_available() and dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
+        # A process left without a sample takes one with no weight, so that all step together.
+        mine = [c[rank::world] if len(c) > rank else c[:1] for c in chunks]
+        for chunk, positions, pixels in zip(chunks, mine, self._pixels(mine), strict=True):
+            rows = self.split.rows[positions]
+            pixels = pixels.to(self.device)
+            if self.train:
+                pixels = self.augment(pixels, rows, self.seed, epoch)
+            batch: Batch = {"image": pixels.float().div_(255), "row": rows}
+            if self.split.labels is not None:
+                batch["label"] = self.split.labels[positions]
+            if world > 1:
+                share = len(positions) * world / len(chunk) if len(chunk) > rank else 0.0
+                batch["share"] = share
+            yield batch
+
+    def _pixels(self, chunks: list[Tensor]) -> Iterator[Tensor]:
+        images = self.split.images
+        if isinstance(images, ResidentImages):
+            pixels = images.on(self.device)
+            for positions in chunks:
+                yield pixels[self.split.rows[positions].to(pixels.device)]
+            return
+        if not chunks:
+            return
+        for read in DataLoader(
+            _Rows(images),
+            batch_sampler=[self.split.rows[c].tolist() for c in chunks],
+            collate_fn=_stacked,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            # A generator of its own: images from disk draw as little from torch's as those in
+            # memory do.
+            generator=torch.Generator(),
+        ):
+            if isinstance(read, UserError):
+                raise read
+            yield read
+
+
+class _Rows(Dataset[Tensor | UserError]):
+    """Images by row; a mistake is returned, as a worker would add a traceback to a raised one."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, row: Any) -> Tensor | UserError:
+        try:
+            return self.images.read(int(row))
+        except UserError as error:
+            return error
+
+
+def _stacked(items: list[Tensor | UserError]) -> Tensor | UserError:
+    mistake = next((item for item in items if isinstance(item, UserError)), None)
+    return mistake or torch.stack([item for item in items if isinstance(item, Tensor)])
+
+
+class LoaderBatches:
+    """Batches of somebody's own ``DataLoader``.
+
+    Items are ``(image, label)`` pairs or dicts with these keys. Torch's generator is seeded by
+    (seed, epoch) before each pass, so a shuffling loader's order is a function of them.
+    """
+
+    def __init__(self, loader: DataLoader[Any], seed: int = 0) -> None:
+        self.loader = loader
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The loader's batches from step ``start`` on; the ones before are drawn and dropped."""
+        seed = derive(self.seed, epoch) >> 1
+        torch.manual_seed(seed)
+        if self.loader.generator is not None:
+            self.loader.generator.manual_seed(seed)
+        for number, item in enumerate(self.loader):
+            if number >= start:
+                yield dict(item) if isinstance(item, dict) else _named(item)
+
+
+def _named(item: Any) -> Batch:
+    if not isinstance(item, (tuple, list)) or not 1 <= len(item) <= 2:
+        raise UserError(
+            "a data loader's items are (image, label) pairs or dicts with 'image' and 'label', "
+            f"not {type(item).__name__}"
+        )
+    return dict(zip(("image", "label"), item, strict=False))

@@ -1,0 +1,267 @@
+"""The official formats of MNIST and CIFAR, byte by byte, and Parquet; nothing read is executed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import math
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from limbeck.data.images import decode, decode_all, facts
+from limbeck.errors import UserError, did_you_mean
+
+Pool = tuple[Tensor, Tensor | None]
+"""Pixels (N, C, H, W) uint8 and labels (N,) int64, if any."""
+
+
+def read_idx(path: Path) -> Tensor:
+    """An IDX file, plain or gzipped, of unsigned bytes, in the shape its header tells.
+
+    Raises:
+        UserError: no IDX file, or its header and its length disagree.
+    """
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise UserError(f"{path} is no IDX file of unsigned bytes")
+    dimensions = raw[3]
+    start = 4 + 4 * dimensions
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+    if len(raw) < start:
+        raise UserError(f"{path} ends within its header")
+    if len(raw) - start != math.prod(shape):
+        raise UserError(
+            f"{path} announces {' x '.join(map(str, shape))} bytes in its header but holds "
+            f"{len(raw) - start:,}"
+        )
+    if not shape or not math.prod(shape):
+        raise UserError(f"{path} holds no data")
+    return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(shape)
+
+
+def idx_pool(folder: Path, stem: str) -> Pool | None:
+    """Images and labels of an MNIST-like split (``train`` or ``t10k``), or ``None`` if absent."""
+    images, labels = (
+        next((p for p in sorted(folder.glob(f"{stem}-{kind}*ubyte*")) if p.is_file()), None)
+        for kind in ("images", "labels")
+    )
+    if images is None or labels is None:
+        return None
+    pixels, numbers = read_idx(images), read_idx(labels).long()
+    if (pixels.ndim, numbers.ndim) != (3, 1):
+        raise UserError(
+            f"{images.name} and {labels.name} in {folder} have {pixels.ndim} and {numbers.ndim} "
+            "dimensions; images have 3 and labels 1"
+        )
+    if len(pixels) != len(numbers):
+        raise UserError(
+            f"{images.name} and {labels.name} in {folder} do not belong together: "
+            f"{len(pixels):,} images, {len(numbers):,} labels"
+        )
+    return pixels[:, None], numbers
+
+
+def cifar_binary(raw: bytes, name: str, coarse: bool | None) -> Pool:
+    """Records of the official binary version: label bytes, then red, green and blue planes.
+
+    ``coarse`` is ``None`` for CIFAR-10 (one label byte) and says for CIFAR-100 (two) which counts.
+    """
+    extra = 1 if coarse is None else 2
+    length = extra + 3072
+    if not raw or len(raw) % length:
+        raise UserError(f"{name} holds {len(raw):,} bytes, no multiple of a record's {length}")
+    records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, length)
+    label = records[:, 0 if coarse is None or coarse else 1].long()
+    return records[:, extra:].reshape(-1, 3, 32, 32).clone(), label
+
+
+def cifar_pickle(raw: bytes, name: str, coarse: bool | None) -> Pool:
+    """A batch of the official Python version, read by an unpickler that admits arrays only."""
+    try:
+        content = _ArraysOnly(io.BytesIO(raw), name).load()
+        batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+        key = "labels" if coarse is None else ("coarse_labels" if coarse else "fine_labels")
+        absent = [k for k in ("data", key) if k not in batch]
+        if absent:
+            raise UserError(f"{name} has no {absent[0]!r}; it has {', '.join(map(str, batch))}")
+        pixels = torch.from_numpy(np.array(batch["data"], dtype=np.uint8)).reshape(-1, 3, 32, 32)
+        labels = torch.tensor(batch[key], dtype=torch.int64).flatten()
+    except UserError:
+        raise
+    except Exception as error:  # a foreign pickle can fail in any way
+        reason = _first_line(error)
+        raise UserError(f"{name} is no batch of CIFAR's Python version: {reason}") from None
+    if not len(pixels) or len(pixels) != len(labels):
+        raise UserError(f"{name} holds {len(pixels):,} images and {len(labels):,} labels")
+    return pixels, labels
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Admits what CIFAR's pickles hold: NumPy arrays in dictionaries."""
+
+    _ADMITTED = frozenset(
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def __init__(self, file: io.BytesIO, name: str) -> None:
+        super().__init__(file, encoding="bytes")
+        self._name = name
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ADMITTED:
+            raise UserError(
+                f"{self._name} is a pickle that wants {module}.{name}; only arrays are read, and "
+                "nothing was executed"
+            )
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Paths and contents of a file, a folder's files, or an archive's, which is not unpacked."""
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            if file.suffix in (".bin", "") or "batch" in file.name:
+                yield str(file), file.read_bytes()
+        return
+    if not {".tar", ".tgz", ".gz", ".bz2", ".xz"} & set(path.suffixes):
+        yield str(path), path.read_bytes()
+        return
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                inside = PurePosixPath(member.name)
+                if ".." in inside.parts or inside.is_absolute():
+                    raise UserError(f"{path} holds {member.name!r}, which climbs out of it")
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    yield str(path / inside), content.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path} is no readable tar archive: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def parquet_pool(
+    paths: Sequence[Path], label: str | None, size: tuple[int, int] | None
+) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+    """Pixels, labels and class names (if the schema knows them) of Parquet files.
+
+    The image column holds encoded bytes, bare or as the struct {bytes, path}; labels are numbers
+    or names.
+    """
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pq.read_table(path))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowException:
+        raise UserError(f"the Parquet files beside {paths[0]} have different columns") from None
+    if not table.num_rows:
+        raise UserError(f"{paths[0]} holds no rows")
+    column = _image_column(table, paths[0])
+    cells = table.column(column).to_pylist()
+    blobs = [c["bytes"] if isinstance(c, dict) else c for c in cells]
+    lengths = [t.num_rows for t in tables]
+
+    def where(row: int) -> str:
+        for path, length in zip(paths, lengths, strict=True):
+            if row < length:
+                return f"{path}, row {row}"
+            row -= length
+        raise IndexError(row)
+
+    for row, blob in enumerate(blobs):
+        if not isinstance(blob, bytes) or not blob:
+            raise UserError(f"{where(row)}: column {column!r} holds no image bytes")
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+    name = _label_column(table, label, paths[0])
+    if name is not None:
+        labels, classes = _labels(table.column(name), name, where)
+        classes = classes or _hub_names(table, name)
+    # Not every header: reading them all takes as long as decoding. The rows are spread evenly.
+    sampled = [facts(blobs[i], where(i)) for i in range(0, len(blobs), -(-len(blobs) // 64))]
+    channels = 1 if all(grey for _, _, grey in sampled) else 3
+    side = size or (sampled[0][0], sampled[0][1])
+    pixels = decode_all(len(blobs), lambda i: decode(blobs[i], channels, side, where(i)))
+    return pixels, labels, classes
+
+
+def _image_column(table: pa.Table, path: Path) -> str:
+    for field in table.schema:
+        kind = field.type
+        fits = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        if fits or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+            return str(field.name)
+    raise UserError(
+        f"{path} has no image column (encoded bytes, or a struct with 'bytes'); it has "
+        + ", ".join(table.column_names)
+    )
+
+
+def _label_column(table: pa.Table, label: str | None, path: Path) -> str | None:
+    if label is not None:
+        for name in (label, f"{label}_label"):
+            if name in table.column_names:
+                return name
+        raise UserError(
+            f"{path} has no column {label!r}; {did_you_mean(label, table.column_names)}"
+        )
+    return next((n for n in ("label", "fine_label", "labels") if n in table.column_names), None)
+
+
+def _labels(
+    column: pa.ChunkedArray, name: str, where: Callable[[int], str]
+) -> tuple[Tensor, tuple[str, ...]]:
+    values = column.to_pylist()
+    for row, value in enumerate(values):
+        if value is None:
+            raise UserError(f"{where(row)}: column {name!r} holds no label")
+        if not isinstance(value, type(values[0])) or not isinstance(value, (int, str)):
+            raise UserError(
+                f"{where(row)}: column {name!r} holds neither a whole number nor a name"
+            )
+        if isinstance(value, int) and not 0 <= value < 2**31:
+            raise UserError(f"{where(row)}: column {name!r} holds {value}; classes count from 0")
+    if isinstance(values[0], int):
+        return torch.tensor(values, dtype=torch.int64), ()
+    classes = tuple(sorted(set(values)))
+    number = {c: i for i, c in enumerate(classes)}
+    return torch.tensor([number[v] for v in values]), classes
+
+
+def _hub_names(table: pa.Table, name: str) -> tuple[str, ...]:
+    """Class names that the ``datasets`` library keeps in a schema's metadata."""
+    try:
+        content = json.loads((table.schema.metadata or {})[b"huggingface"])
+        return tuple(content["info"]["features"][name]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()

@@ -1,0 +1,103 @@
+"""Which samples belong to which split: a property of the sample, never of a run or its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from limbeck.data.augment import uniforms
+from limbeck.data.data import Split
+from limbeck.errors import UserError
+
+_TEST, _VALIDATION, _SUBSET = 11, 12, 13
+
+
+def hold_out(split: Split, fraction: float, name: str, purpose: int) -> tuple[Split, Split]:
+    """Part a split in two, stratified by class: what stays, and what is held out.
+
+    Each class gives the samples whose identity hashes lowest, at least one and never its last, so
+    the choice is the same in every run and depends neither on the order of the samples nor on the
+    other classes.
+    """
+    chosen = torch.zeros(len(split), dtype=torch.bool)
+    chosen[_lowest(split, fraction, purpose, spared=1)] = True
+    keep, held = (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+    return split.subset(keep), split.subset(held, name)
+
+
+def split_off_validation(train: Split, fraction: float) -> tuple[Split, Split]:
+    """Training and validation split out of a training split."""
+    return hold_out(train, fraction, "validation", _VALIDATION)
+
+
+def split_off_test(pool: Split, fraction: float = 0.2) -> tuple[Split, Split]:
+    """Training and test split out of a pool of samples."""
+    return hold_out(pool, fraction, "test", _TEST)
+
+
+def _lowest(split: Split, fraction: float, purpose: int, spared: int = 0) -> Tensor:
+    """Positions of the share ``fraction`` of each class with the lowest hashes.
+
+    At least one of each class is taken, and so many are ``spared`` whatever the share.
+    """
+    order = uniforms(split.rows, 1, seed=purpose, view=0).flatten().argsort(stable=True)
+    if fraction <= 0 or not len(split):
+        return order[:0]
+    labels = split.labels if split.labels is not None else torch.zeros(len(split)).long()
+    parts = []
+    for label in labels.unique():
+        own = order[labels[order] == label]
+        number = min(max(1, round(fraction * len(own))), len(own) - spared)
+        parts.append(own[:number])
+    return torch.cat(parts).sort().values
+
+
+def transfer(
+    split: Split,
+    *,
+    exclude: Sequence[int] = (),
+    only: Sequence[int] = (),
+    fraction: float = 1.0,
+    labels: bool = True,
+) -> Split:
+    """The part of a training split that a student may see.
+
+    Args:
+        exclude: class numbers left out.
+        only: the only class numbers kept; empty keeps all.
+        fraction: share of each class, in (0, 1].
+        labels: whether the labels are kept.
+
+    Raises:
+        UserError: a class that does not occur, a fraction out of range, or nothing left.
+
+    >>> from limbeck.data import ResidentImages
+    >>> pixels = ResidentImages(torch.zeros(4, 1, 2, 2, dtype=torch.uint8))
+    >>> len(transfer(Split("train", pixels, torch.tensor([0, 0, 1, 2])), exclude=[0]))
+    2
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"the transfer set's fraction lies in (0, 1], not at {fraction}")
+    if split.labels is None and (exclude or only):
+        raise UserError("classes cannot be chosen for a transfer set that has no labels")
+    chosen = torch.ones(len(split), dtype=torch.bool)
+    if split.labels is not None:
+        there = set(split.labels.unique().tolist())
+        unknown = sorted({*exclude, *only} - there)
+        if unknown:
+            raise UserError(
+                f"the transfer set is to be made of or without class {unknown[0]}, which does not "
+                f"occur; classes are {min(there, default=0)} to {max(there, default=0)}"
+            )
+        if only:
+            chosen &= torch.isin(split.labels, torch.tensor(list(only)))
+        if exclude:
+            chosen &= ~torch.isin(split.labels, torch.tensor(list(exclude)))
+    part = split.subset(chosen.nonzero().flatten())
+    if fraction < 1:
+        part = part.subset(_lowest(part, fraction, _SUBSET))
+    if not len(part):
+        raise UserError("the transfer set is empty: every class was left out")
+    return part if labels else Split(part.name, part.images, None, part.rows)

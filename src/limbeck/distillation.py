@@ -1,0 +1,440 @@
+"""The main job: from a recipe, or from your own models and data, to a finished run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import DataLoader
+
+from limbeck import __version__
+from limbeck import data as sources
+from limbeck.data.data import Data
+from limbeck.errors import UserError
+from limbeck.models import Input, build, load, profile, save, weights_given
+from limbeck.recipes import Recipe, Transfer, validate
+from limbeck.report import page, table
+from limbeck.report.verdict import verdict
+from limbeck.systems.classification.kd import KD
+from limbeck.tasks.classification import Classification
+from limbeck.training.bench import Bench, Candidate
+from limbeck.training.method import Method
+from limbeck.training.network import Network
+from limbeck.training.phases import Training
+from limbeck.training.progress import Voice
+from limbeck.training.run import RESULT, Run
+from limbeck.training.task import model_output
+from limbeck.training.teacher import Teacher
+from limbeck.training.trainer import Engine, Trainer
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A method, what is laid out for it, and what the result says about where it came from."""
+
+    method: Method
+    bench: Bench
+    engine: Engine
+    facts: Mapping[str, Any]
+    view: tuple[int, int, int]
+
+
+def start(recipe: Recipe, out: Path | None = None, voice: Voice | None = None) -> Run:
+    """Carry out a recipe in a fresh run folder.
+
+    Args:
+        recipe: what to do.
+        out: the folder; ``runs/SYSTEM-DATA-TIME`` if not given.
+        voice: what speaks to the user.
+
+    Raises:
+        UserError: anything wrong with recipe, data or models, before the folder is made.
+    """
+    job = _from_recipe(recipe, voice or _voice(recipe.engine))
+    return _begin(job, out, recipe.model_dump(mode="json"))
+
+
+def resume(path: Path, voice: Voice | None = None) -> Run:
+    """Continue a run where it was stopped; a finished one is left as it is.
+
+    Raises:
+        UserError: there is no run, or it was made from objects in Python.
+    """
+    run = Run.open(path)
+    if (path / RESULT).is_file():
+        (voice or Voice()).say(f"{path} is finished: there is nothing to resume")
+        return run
+    content = run.recipe()
+    if "data" not in content:
+        raise UserError(
+            f"{path} was made from objects in Python: call limbeck.distill with the same "
+            "arguments and resume=True"
+        )
+    recipe = validate(content)
+    return _carry_out(_from_recipe(recipe, voice or _voice(recipe.engine)), run)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A finished distillation: the student, its run folder and the figures of ``result.json``."""
+
+    student: nn.Module
+    run: Run
+    result: dict[str, Any] = field(repr=False)
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | str,
+    data: str | Data | Sequence[DataLoader[Any]],
+    *,
+    method: Method | None = None,
+    training: Training | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    baseline: bool = True,
+    engine: Engine | None = None,
+    quiet: bool = False,
+    resume: bool = False,
+) -> Distilled:
+    """Distil a teacher into a student: any modules, any data, no registration.
+
+    Args:
+        student: the module to train, in place. With a string or :class:`Data` as data its input
+            is normalised by the data's mean and deviation.
+        teacher: a trained module, several (their probabilities are averaged), or a name with
+            weights such as ``"run:PATH"``.
+        data: a source such as ``"folder:photos"``, a :class:`Data`, or your own loaders of
+            (image, label) pairs: (train, test) or (train, validation, test).
+        method: what to distil by; ``KD()`` if not given. Methods add up with ``+``.
+        training: epochs, optimiser and learning rate.
+        out: the run folder; ``runs/...`` if not given.
+        baseline: train a copy of the student on labels alone, for the comparison.
+        resume: continue in ``out``.
+
+    Returns:
+        The student with its run folder and figures.
+
+    Raises:
+        UserError: models, data and method that do not fit, before any training.
+
+    Example:
+        >>> import limbeck, tempfile
+        >>> from torch import nn
+        >>> net = lambda width: nn.Sequential(
+        ...     nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)
+        ... )
+        >>> done = limbeck.distill(
+        ...     net(8), net(32), "digits", quiet=True, out=tempfile.mkdtemp(),
+        ...     training=Training(epochs=1),
+        ... )
+        >>> sorted(done.result["measures"])
+        ['baseline', 'student', 'teacher']
+    """
+    engine = engine or Engine()
+    voice, device = _voice(engine, quiet), _device(engine)
+    splits, classes, input, facts = _laid_out(data, voice)
+    if isinstance(teacher, str):
+        if not classes or input is None:
+            raise UserError("a teacher by name needs data by name; pass the module itself")
+        teachers: Sequence[nn.Module] = [build(teacher, classes, input)]
+    else:
+        teachers = [teacher] if isinstance(teacher, nn.Module) else teacher
+    networks = [t if isinstance(t, Network) else Network(t, input) for t in teachers]
+    fresh = student if isinstance(student, Network) else Network(student, input)
+    view = _view(splits["train"])
+    if not classes:
+        classes = tuple(str(c) for c in range(_outputs(networks[0], view)))
+    bench = Bench(
+        task=Classification(classes, device=device),
+        candidates=[Candidate(network) for network in networks],
+        make_student=lambda _: copy.deepcopy(fresh),
+        training=training or Training(),
+        seeds=(seed,),
+        baseline=baseline,
+        device=device,
+        voice=voice,
+        **splits,
+    )
+    chosen = method or KD()
+    facts = {"system": type(chosen).__name__.lower(), "preset": "", **facts}
+    job = _Job(chosen, bench, engine, facts, view)
+    if resume:
+        if out is None:
+            raise UserError("resume=True needs the run folder: out=...")
+        run = _carry_out(job, Run.open(Path(out)))
+    else:
+        run = _begin(job, Path(out) if out else None, {"system": facts["system"], "seed": seed})
+    fresh.load_state_dict(bench.students[seed].state_dict())
+    return Distilled(fresh.model, run, run.result())
+
+
+def measure(model: str, data: str, split: str = "test") -> dict[str, float]:
+    """The measures of a model, by name, on a split of a data source."""
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"a split is train, validation or test, not {split!r}")
+    found = sources.load(data)
+    input = Input(found.channels, found.size, found.mean, found.std)
+    network = build(model, found.classes, input)
+    return Classification(found.classes).measure(network, getattr(found, split))
+
+
+def recognise(model: str, images: Sequence[Path], top: int = 3) -> list[dict[str, Any]]:
+    """What a network, by name or run folder, sees in image files: its most probable classes."""
+    network = load(_stored(model))
+    if not network.classes or not isinstance(network.input, Input):
+        raise UserError(f"{model} does not say which classes it knows and what it is fed")
+    view = torch.stack(
+        [sources.read_image(p, network.input.channels, network.input.size) for p in images]
+    )
+    with torch.no_grad():
+        probabilities = model_output(network.eval()(view.float() / 255)).softmax(-1)
+    best = probabilities.topk(min(top, len(network.classes)))
+    return [
+        {
+            "image": str(image),
+            "classes": [
+                {"class": network.classes[i], "probability": p}
+                for p, i in zip(values, indices, strict=True)
+            ],
+        }
+        for image, values, indices in zip(
+            images, best.values.tolist(), best.indices.tolist(), strict=True
+        )
+    ]
+
+
+def _stored(model: str) -> Path:
+    """Where the network lies that ``run:PATH``, ``file:PATH`` or a bare path names."""
+    kind, colon, rest = model.partition(":")
+    path = Path(rest if colon and kind in ("run", "file") else model)
+    return path / "student" if path.is_dir() else path
+
+
+def _ready(model: str) -> bool:
+    """Whether a teacher brings weights for this task; a library's own are only a start."""
+    return weights_given(model) and not model.endswith("@pretrained")
+
+
+def weigh(model: str, view: tuple[int, int, int], classes: int) -> dict[str, Any]:
+    """Parameters, multiply-adds, bytes and latency of a model by name."""
+    names = [str(c) for c in range(classes)]
+    channels, height, width = view
+    input = Input(channels, (height, width), (0.5,) * channels, (0.5,) * channels)
+    return asdict(profile(build(model, names, input), view))
+
+
+def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
+    """Turn a recipe's words into data, networks and a method."""
+    part, device = recipe.data, _device(recipe.engine)
+    data = sources.load(part.source, validation=part.validation, size=part.size, label=part.label)
+    voice.say(data.describe())
+    train = data.train
+    if part.limit is not None and part.limit < len(train):
+        train = sources.transfer(train, fraction=part.limit / len(train))
+    transfer = train
+    if part.transfer != Transfer():
+        transfer = sources.transfer(train, **part.transfer.model_dump())
+    if len(transfer) < len(data.train):
+        voice.say(
+            f"teachers learn from {len(train):,} of {len(data.train):,} training samples, "
+            f"students from {len(transfer):,}"
+        )
+    own = Input(data.channels, data.size, data.mean, data.std)
+
+    def task(augment: Any = None) -> Classification:
+        workers = recipe.engine.workers
+        return Classification(data.classes, augment or part.augment, workers, device)
+
+    def make_student(seed: int) -> Network:
+        return build(recipe.student.model, data.classes, own, seed=seed)
+
+    candidates = []
+    for number, teacher in enumerate(recipe.teachers):
+        network = build(teacher.model, data.classes, own, seed=recipe.seed + number)
+        training = None if _ready(teacher.model) else teacher.training
+        own_task = None if teacher.augment is None else task(teacher.augment)
+        candidates.append(Candidate(network, training, own_task))
+    make_student(recipe.seed)  # a model that cannot be built is found before the run folder is made
+    bench = Bench(
+        task=task(),
+        train=train,
+        transfer=transfer,
+        validation=data.validation,
+        test=data.test,
+        candidates=candidates,
+        make_student=make_student,
+        training=recipe.student.training,
+        seeds=tuple(range(recipe.seed, recipe.seed + recipe.seeds)),
+        baseline=recipe.baseline,
+        select=recipe.select,
+        mean=recipe.mean,
+        weights=recipe.weights,
+        device=device,
+        voice=voice,
+    )
+    facts = {"system": recipe.system, "preset": recipe.preset, **_facts(data)}
+    return _Job(recipe.method(), bench, recipe.engine, facts, (data.channels, *data.size))
+
+
+def _laid_out(
+    data: str | Data | Sequence[DataLoader[Any]], voice: Voice
+) -> tuple[dict[str, Any], tuple[str, ...], Input | None, dict[str, Any]]:
+    """Splits by name, class names and input as far as known, and facts for the result."""
+    if isinstance(data, str):
+        data = sources.load(data)
+    if isinstance(data, Data):
+        voice.say(data.describe())
+        train, validation, test = data.train, data.validation, data.test
+        input = Input(data.channels, data.size, data.mean, data.std)
+        known = {"train": train, "transfer": train, "validation": validation, "test": test}
+        return known, data.classes, input, _facts(data)
+    loaders = list(data)
+    if len(loaders) not in (2, 3):
+        raise UserError(
+            f"data loaders are (train, test) or (train, validation, test); {len(loaders)} came"
+        )
+    splits: dict[str, Any] = {"train": loaders[0], "transfer": loaders[0], "test": loaders[-1]}
+    splits["validation"] = loaders[1] if len(loaders) == 3 else []
+    return splits, (), None, {"data": "data loaders"}
+
+
+def _facts(data: Data) -> dict[str, Any]:
+    return {"data": data.source, "fingerprint": data.fingerprint()}
+
+
+def _view(split: Any) -> tuple[int, int, int]:
+    """Channels, height and width of a sample."""
+    batch = next(iter(Classification(()).batches(split, batch_size=1).epoch(0)))
+    channels, height, width = batch["image"].shape[1:]
+    return channels, height, width
+
+
+def _outputs(network: Network, view: tuple[int, int, int]) -> int:
+    """How many classes a network tells apart."""
+    was_training = network.training
+    with torch.no_grad():
+        logits = model_output(network.eval()(torch.zeros(1, *view)))
+    network.train(was_training)
+    return logits.shape[-1]
+
+
+def _device(engine: Engine) -> torch.device:
+    device: torch.device = PartialState(cpu=engine.device == "cpu").device
+    return device
+
+
+def _voice(engine: Engine, quiet: bool = False) -> Voice:
+    """Only the first of several processes speaks."""
+    _device(engine)
+    return Voice(quiet=quiet or not PartialState().is_main_process)
+
+
+def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
+    path = out or _fresh_name(job.facts)
+    state = PartialState()
+    if state.is_main_process:
+        Run.create(path, recipe)
+    state.wait_for_everyone()
+    return _carry_out(job, Run.open(path))
+
+
+def _fresh_name(facts: Mapping[str, Any]) -> Path:
+    """``runs/SYSTEM-DATA-TIME``, with a number behind it if that exists."""
+    data = "".join(c if c.isalnum() else "-" for c in Path(str(facts["data"])).name)
+    stem = f"{facts['system']}-{data}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = (stem if n == 1 else f"{stem}-{n}" for n in count(1))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def _carry_out(job: _Job, run: Run) -> Run:
+    state, bench = PartialState(), job.bench
+    if not state.is_main_process:
+        Trainer(run, job.engine, bench.voice).work(job.method.phases(bench))
+        return run
+    with run.held():
+        bench.voice.keep(run.path / "log.txt")
+        trainer = Trainer(run, job.engine, bench.voice)
+        trainer.work(job.method.phases(bench))
+        _finish(job, run, trainer.seconds)
+    return run
+
+
+def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
+    """Measure on the test split, deliver the networks, write result and report."""
+    bench, task = job.bench, job.bench.task
+    first = bench.seeds[0]
+    networks = bench.delivered(first)
+    shown = {name: _single(network) for name, network in networks.items()}
+    compared = task.compare(networks, bench.test)
+    rows = [
+        {"seed": seed}
+        | {
+            role: task.measure(network, bench.test)[task.metric]
+            for role, network in bench.delivered(seed).items()
+            if role != "teacher"
+        }
+        for seed in bench.seeds
+    ]
+    profiles = {name: [profile(n, job.view) for n in group] for name, group in shown.items()}
+    result: dict[str, Any] = {
+        **job.facts,
+        "seed": first,
+        "task": task.name,
+        "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
+        "teacher": None,
+        "baseline": rows[0].get("baseline"),
+        "student": rows[0].get("student"),
+        "parameters": {n: sum(p.parameters for p in ps) for n, ps in profiles.items()},
+        "multiply_adds": {n: sum(p.multiply_adds for p in ps) for n, ps in profiles.items()},
+        "bytes": {n: sum(p.bytes for p in ps) for n, ps in profiles.items()},
+        "latency_ms": {n: _sum_of([p.latency_ms or {} for p in ps]) for n, ps in profiles.items()},
+        **compared,
+        "seeds": rows,
+        "verdict": _verdict(rows, task.higher_is_better),
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "limbeck": __version__,
+    }
+    if "teacher" in networks:
+        result["teacher"] = task.measure(networks["teacher"], bench.test)[task.metric]
+        if "baseline" in rows[0] and not task.better(result["teacher"], rows[0]["baseline"]):
+            bench.voice.warn(
+                f"the teacher ({result['teacher']:.4f}) is no better than the plain student "
+                f"({rows[0]['baseline']:.4f}) on the test split: it has little to teach"
+            )
+    for role, group in shown.items():
+        for number, network in enumerate(group):
+            name = role if len(group) == 1 else f"{role}-{number + 1}"
+            save(network, run.path / name, {"data": job.facts["data"], "view": list(job.view)})
+    task.record(networks, bench.test, run.path)
+    run.write_json(RESULT, result)
+    report = page.write(run)
+    bench.voice.console.print(table.as_rich(result))
+    bench.voice.say(result["verdict"]["sentence"])
+    bench.voice.say(f"report: {report}")
+
+
+def _sum_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Key by key: an ensemble answers one network after the other."""
+    return {key: sum(part[key] for part in parts) for key in parts[0]}
+
+
+def _single(network: Network | Teacher) -> tuple[Network, ...]:
+    return network.networks if isinstance(network, Teacher) else (network,)
+
+
+def _verdict(rows: Sequence[Mapping[str, float]], higher_is_better: bool) -> dict[str, Any]:
+    if "baseline" not in rows[0] or "student" not in rows[0]:
+        return {"word": "none", "sentence": "no plain student was trained to compare with"}
+    found = verdict(
+        [row["baseline"] for row in rows], [row["student"] for row in rows], higher_is_better
+    )
+    return {"word": found.word, "sentence": found.sentence}

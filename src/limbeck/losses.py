@@ -1,0 +1,11 @@
+"""Every paper's losses as pure functions: tensors in, a scalar out."""
+
+from limbeck.systems.classification.kd import (
+    ensemble_targets,
+    kd,
+    match_logits,
+    soft_targets,
+    soften,
+)
+
+__all__ = ["ensemble_targets", "kd", "match_logits", "soft_targets", "soften"]

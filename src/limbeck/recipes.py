@@ -1,0 +1,283 @@
+"""YAML and command-line words become validated objects here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from limbeck.catalogue import System, system
+from limbeck.data.augment import Augment
+from limbeck.errors import UserError, did_you_mean
+from limbeck.training.method import Method, Sum, Supervised
+from limbeck.training.phases import Training
+from limbeck.training.trainer import Engine
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Transfer(_Part):
+    """The part of the training split that students see."""
+
+    exclude: tuple[int, ...] = Field(default=(), description="classes left out")
+    only: tuple[int, ...] = Field(default=(), description="the only classes kept")
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    labels: bool = True
+
+
+class DataPart(_Part):
+    """Where samples come from and how training images are augmented."""
+
+    source: str
+    validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of train")
+    size: tuple[int, int] | None = None
+    label: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="training samples")
+    augment: Augment = Augment()
+    transfer: Transfer = Transfer()
+
+
+class ModelPart(_Part):
+    """A model by name and how it is trained; weights in the name make a finished teacher."""
+
+    model: str
+    training: Training = Training()
+    augment: Augment | None = Field(default=None, description="instead of the data's")
+
+
+class Recipe(_Part):
+    """Everything that decides a run."""
+
+    system: str
+    preset: str = ""
+    task: Literal["classification"] = "classification"
+    data: DataPart
+    teachers: tuple[ModelPart, ...] = ()
+    mean: Literal["probabilities", "logits"] = "probabilities"
+    weights: tuple[float, ...] | None = None
+    student: ModelPart
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    seed: int = Field(default=0, ge=0)
+    seeds: int = Field(default=1, ge=1, description="paired comparisons, from `seed` on")
+    baseline: bool = True
+    select: Literal["last", "best"] = "last"
+    engine: Engine = Engine()
+
+    def method(self) -> Method:
+        """The method, or the sum of methods, that the recipe names."""
+        if not self.methods:
+            return Supervised()
+        parts = [system(slug).method_class()(**given) for slug, given in self.methods.items()]
+        return parts[0] if len(parts) == 1 else _sum(parts)
+
+
+def _sum(parts: Sequence[Method]) -> Method:
+    total = parts[0]
+    for part in parts[1:]:
+        total = Sum(total, part)
+    return total
+
+
+def preset(chosen: System, name: str, kind: str) -> dict[str, Any]:
+    """A system's preset as plain values, fitted to a kind of data (its ``for`` section).
+
+    Raises:
+        UserError: the system has no such preset.
+    """
+    if name not in chosen.presets:
+        raise UserError(
+            f"{chosen.slug} has no preset {name!r}; {did_you_mean(name, chosen.presets)}"
+        )
+    content = dict(chosen.presets[name])
+    fitted = content.pop("for", {})
+    return {
+        "system": chosen.slug,
+        "preset": name,
+        **merged(content, fitted.get(kind, {})),
+    }
+
+
+def preset_source(chosen: System, name: str) -> str:
+    """The data that a preset runs on unless told otherwise."""
+    content = chosen.presets.get(name, {})
+    return str(content.get("data", {}).get("source", "digits"))
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over`` put in, mapping by mapping.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    result = dict(base)
+    for key, value in over.items():
+        before = result.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            result[key] = merged(before, value)
+        else:
+            result[key] = value
+    return result
+
+
+def overrides(words: Iterable[str]) -> dict[str, Any]:
+    """``["a.b=1", "c=x"]`` as nested values; the right sides are YAML.
+
+    Raises:
+        UserError: a word without ``=``, or a value that is no YAML.
+
+    >>> overrides(["student.training.epochs=3", "seed=1"])
+    {'student': {'training': {'epochs': 3}}, 'seed': 1}
+    """
+    result: dict[str, Any] = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"--set wants key.key=value, not {word!r}")
+        try:
+            value: Any = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"--set {path}: {text!r} is no YAML value") from None
+        for key in reversed(keys):
+            value = {key: value}
+        result = merged(result, value)
+    return result
+
+
+def assigned(values: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """Recipe values with ``--set`` words put in; ``teacher.KEY`` reaches every teacher.
+
+    >>> assigned({"teachers": [{"model": "vgg8"}]}, ["teacher.model=vgg11"])
+    {'teachers': [{'model': 'vgg11'}]}
+    """
+    given = overrides(words)
+    over = given.pop("teacher", None)
+    result = merged(_with_list(values), given)
+    if over is not None:
+        if not isinstance(over, Mapping):
+            raise UserError(
+                f"--set teacher: a key of the teacher is wanted, as in teacher.model={over}"
+            )
+        result["teachers"] = [merged(t, over) for t in result.get("teachers") or [{}]]
+    return result
+
+
+def with_teachers(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Recipe values with these models as teachers, trained as the first one was to be."""
+    result = _with_list(values)
+    before = list(result.get("teachers") or [{}])
+    result["teachers"] = [merged(before[0], {"model": name}) for name in names]
+    return result
+
+
+def _with_list(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``teacher: {...}`` is ``teachers: [{...}]``."""
+    result = dict(values)
+    if "teacher" in result:
+        result["teachers"] = [result.pop("teacher")]
+    return result
+
+
+def for_own_models(
+    methods: Sequence[str], data: str, student: str, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A recipe for models of the user's own: AdamW with a warm-up, which suits most of them."""
+    for slug in methods:
+        system(slug)
+    settings = {"optimiser": "adamw", "weight_decay": 0.05, "warmup": 1.0, **training}
+    return {
+        "system": methods[0] if methods else "train",
+        "data": {"source": data, "augment": {"crop": 2}},
+        "teachers": [{"model": "", "training": settings}] if methods else [],
+        "student": {"model": student, "training": settings},
+        "methods": {slug: {} for slug in methods},
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A recipe file as plain values; nothing in it is imported or evaluated.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {(error.strerror or 'error').lower()}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{path} is no YAML that a recipe can be read from: {line}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no mapping of keys to values, which a recipe is")
+    return content
+
+
+def validate(values: Mapping[str, Any]) -> Recipe:
+    """Plain values as a recipe.
+
+    Raises:
+        UserError: a key that does not exist (with the near ones), or a value out of range: one
+            sentence on the first of them.
+    """
+    try:
+        recipe = Recipe.model_validate(_shared_method(_with_list(values)))
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+    recipe.method()
+    return recipe
+
+
+def _shared_method(values: dict[str, Any]) -> dict[str, Any]:
+    """``method: {...}`` holds the parameters of the recipe's first method."""
+    if "method" in values:
+        own = values.pop("method")
+        methods = dict(values.get("methods") or {})
+        first = next(iter(methods), values.get("system"))
+        if not isinstance(own, Mapping) or not isinstance(first, str):
+            raise UserError("recipe key method: a mapping of parameters is wanted")
+        values["methods"] = {**methods, first: merged(methods.get(first) or {}, own)}
+    return values
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, wrong = first["loc"]
+        known = _fields(Recipe, parents)
+        return f"the recipe has no key {where!r}; {did_you_mean(str(wrong), known)}"
+    if first["type"] == "missing":
+        return f"the recipe lacks the key {where!r}"
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    return f"recipe key {where}={shown}: {reason}"
+
+
+def _fields(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """The keys allowed at a place in a recipe."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        nested = _model_in(annotation)
+        if nested is None:
+            return []
+        model = nested
+    names = list(model.model_fields)
+    return [*names, "teacher", "method"] if model is Recipe else names
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

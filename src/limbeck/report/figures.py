@@ -1,0 +1,255 @@
+"""What a page is made of: sections, and figures drawn as SVG that follows the reader's colours."""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from markupsafe import Markup
+
+from limbeck.report.table import ROLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+# Matplotlib knows no CSS variables: it draws in these colours, and each becomes a variable that
+# the page sets once for light and once for dark.
+INK, TEACHER, BASELINE, STUDENT, OTHER = "#000001", "#000002", "#000003", "#000004", "#000005"
+MORE, LESS = STUDENT, BASELINE
+_VARIABLES = {
+    INK: "currentColor",
+    TEACHER: "var(--teacher)",
+    BASELINE: "var(--baseline)",
+    STUDENT: "var(--student)",
+    OTHER: "var(--other)",
+}
+COLOURS = {"teacher": TEACHER, "baseline": BASELINE, "student": STUDENT}
+MARKERS = {"teacher": "s", "baseline": "o", "student": "D"}
+
+# Any: the names of settings are literals in the types of some releases of Matplotlib only.
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "limbeck",
+    "text.parse_math": False,  # a class may be called $x$
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9.0,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 3.0,
+    "ytick.major.size": 3.0,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing; ``label`` says to someone who cannot see it what it shows.
+
+    It is at most ``widest`` and at least ``narrowest`` CSS pixels wide: between these its text can
+    be read and is no larger than the page's.
+    """
+
+    svg: Markup
+    label: str
+    widest: int
+    narrowest: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels side by side under one caption that says how to read them."""
+
+    panels: list[Panel]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with what is said about it, in pairs such as ``("true", "cat")``."""
+
+    source: str
+    alt: str
+    lines: list[tuple[str, str]]
+    small: bool
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images under a heading."""
+
+    title: str
+    pictures: list[Picture]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, under a heading."""
+
+    anchor: str
+    title: str
+    figures: list[Figure] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
+
+
+def panel(
+    name: str, label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (3.7, 2.55)
+) -> Panel:
+    """Draw one panel.
+
+    Args:
+        name: unique on its page; the SVG's identifiers begin with it.
+        label: what the panel shows, for those who cannot see it.
+        draw: puts everything onto the axes.
+        size: width and height in inches, at which the text has the size that Matplotlib sets.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure as Drawing
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The reader's own font draws the text, so glyphs that Matplotlib's lacks do not matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        drawing = Drawing(figsize=size, layout="constrained")
+        draw(drawing.subplots())
+        file = io.BytesIO()
+        drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return Panel(_inline(file.getvalue(), name), label, round(106 * size[0]), round(74 * size[0]))
+
+
+def _inline(svg: bytes, name: str) -> Markup:
+    """An SVG file as an element for HTML; going through the parser escapes all its text."""
+    root = ET.fromstring(svg)
+    for parent in root.iter():
+        for child in list(parent):
+            # Its style sheet would reach the whole page; its metadata names outside addresses.
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {_local(k): _value(_local(k), v, name) for k, v in element.items()}
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.set("aria-hidden", "true")
+    root.set("focusable", "false")
+    # A string as Markup is trusted: all of it was written by the serialiser just now.
+    return Markup(ET.tostring(root, encoding="unicode", short_empty_elements=False))
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _value(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "href":
+        return value.replace("#", f"#{name}-", 1)
+    value = re.sub(r"url\(#", f"url(#{name}-", value)
+    if key == "style":
+        value = re.sub(
+            r"font: (?:(bold|[1-9]00) )?([\d.]+px)[^;]*",
+            lambda m: f"font-size: {m[2]}" + ("; font-weight: 600" if m[1] else ""),
+            value,
+        )
+    for colour, variable in _VARIABLES.items():
+        value = value.replace(colour, variable)
+    return value
+
+
+def names(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the roles are called: a student that nobody taught is just the model."""
+    alone = all(result.get(role) is None for role in ("teacher", "baseline"))
+    return {**ROLES, "student": "model"} if alone else dict(ROLES)
+
+
+def plain(text: object, longest: int = 24) -> str:
+    """Text that an SVG can hold, cut to a length that fits beside an axis.
+
+    >>> plain("a" * 30, 5), plain("tab\\there")
+    ('aaaa…', 'tab here')
+    """
+    # Control characters and lone surrogates are not allowed in XML, even escaped.
+    kept = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Cn") else c for c in str(text))
+    return kept if len(kept) <= longest else kept[: longest - 1] + "…"
+
+
+def short(number: float) -> str:
+    """A number for an axis.
+
+    >>> short(1_500_000), short(20_000), short(0.25)
+    ('1.5M', '20k', '0.25')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:.4g}"
+
+
+def logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with plain numbers: powers need the formulas that are off."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis: Axis
+    if name == "x":
+        axes.set_xscale("log")
+        axis = axes.xaxis
+    else:
+        axes.set_yscale("log")
+        axis = axes.yaxis
+    axes.autoscale_view()
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,), numticks=6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
+
+
+def grid(axes: Axes, axis: str = "y") -> None:
+    """Faint lines to read values by."""
+    axes.grid(axis="x" if axis == "x" else "y", color=INK, alpha=0.12, linewidth=0.6)
+
+
+def spread(values: list[float], gap: float) -> list[float]:
+    """Positions as near to ``values`` as may be, in the same order, at least ``gap`` apart.
+
+    >>> spread([0.0, 1.0], 0.5)
+    [0.0, 1.0]
+    >>> spread([0.5, 0.5], 0.25)
+    [0.375, 0.625]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    # Neighbours that collide merge into a block, centred on the mean of what its members want.
+    blocks: list[list[int]] = []
+
+    def low(block: list[int]) -> float:
+        centre = sum(values[i] for i in block) / len(block)
+        return centre - gap * (len(block) - 1) / 2
+
+    for index in order:
+        blocks.append([index])
+        while len(blocks) > 1 and low(blocks[-1]) < low(blocks[-2]) + gap * len(blocks[-2]) - 1e-12:
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    found = list(values)
+    for block in blocks:
+        for number, index in enumerate(block):
+            found[index] = low(block) + gap * number
+    return found

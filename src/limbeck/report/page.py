@@ -1,0 +1,409 @@
+"""The report: one HTML file that holds everything it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.report import classification
+from limbeck.report.figures import (
+    COLOURS,
+    INK,
+    MARKERS,
+    OTHER,
+    Figure,
+    Panel,
+    Section,
+    grid,
+    logarithmic,
+    names,
+    panel,
+    plain,
+    short,
+    spread,
+)
+from limbeck.report.table import ROLES, rows
+from limbeck.report.verdict import mean_interval
+from limbeck.training.checkpoint import write_atomically
+from limbeck.training.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SECTIONS: dict[str, Callable[[Run], list[Section]]] = {"classification": classification.sections}
+
+REPORT = "report.html"
+_MOST_PANELS, _MOST_POINTS = 24, 300
+
+Line = list[tuple[float, float]]
+
+
+def write(run: Run) -> Path:
+    """Write ``report.html`` into the folder of a finished run.
+
+    Raises:
+        UserError: the run is not finished, or its folder cannot be read or written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    page = templates.get_template("page.html").render(_content(run))
+    path = run.path / REPORT
+    write_atomically(path, page.encode("utf-8", "replace"))
+    return path
+
+
+def _content(run: Run) -> dict[str, Any]:
+    import yaml
+
+    result, metrics = run.result(), run.metrics()
+    headings, lines = rows(result)
+    own = SECTIONS.get(result.get("task", ""))
+    sections = [
+        *_curves(metrics, result),
+        *_cost(result),
+        *_agreement(result),
+        *(own(run) if own is not None else []),
+    ]
+    return {
+        "title": f"{result['system']} on {result['data']} · Limbeck",
+        "result": {"limbeck": "", **result},
+        "facts": _facts(result),
+        "verdict": _verdict(result),
+        "table": {"headings": headings, "lines": lines, "note": _table_note(result, headings)},
+        "sections": sections,
+        "audit": _audit(metrics, names(result)),
+        "recipe": yaml.safe_dump(run.recipe(), sort_keys=False, allow_unicode=True),
+        "environment": _environment(run),
+        "folder": run.path.name,
+    }
+
+
+def _facts(result: Mapping[str, Any]) -> list[str]:
+    seeds = [str(s["seed"]) for s in result.get("seeds") or ()] or [str(result.get("seed", 0))]
+    facts = [f"preset {result['preset']}"] if result.get("preset") else []
+    facts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}")
+    seconds = result.get("seconds") or {}
+    if seconds.get("total") is not None:
+        facts.append(f"{_duration(seconds['total'])} in all")
+    for role, name in ROLES.items():
+        if seconds.get(role) and result.get(role) is not None and result.get("baseline"):
+            facts.append(f"{name} {_duration(seconds[role])}")
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    """A length of time to be read at a glance.
+
+    >>> _duration(8.24), _duration(95), _duration(3 * 3600 + 120)
+    ('8.2 s', '1 min 35 s', '3 h 2 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _verdict(result: Mapping[str, Any]) -> dict[str, str] | None:
+    found = result.get("verdict") or {}
+    if not found.get("sentence"):
+        return None
+    word = found.get("word", "")
+    head, colon, rest = found["sentence"].partition(":")
+    if not colon:
+        head, rest = "", found["sentence"]
+    tone = word if word in ("better", "worse") else "open"
+    return {"head": head[:1].upper() + head[1:] + colon, "rest": rest, "tone": tone}
+
+
+def _table_note(result: Mapping[str, Any], headings: Sequence[str]) -> str:
+    better = "higher" if result["metric"].get("higher_is_better", True) else "lower"
+    notes = [f"{result['metric']['name'].capitalize()}: {better} is better"]
+    if len(result.get("seeds") or ()) > 1:
+        notes[0] += "; ± is half the 95 % interval of the mean over the seeds"
+    if "agreement" in headings:
+        notes.append("agreement: share of predictions equal to the teacher's")
+    if "latency" in headings:
+        notes.append("latency: median of one forward pass")
+    return "; ".join(notes) + "."
+
+
+# Training curves.
+
+
+def _role(phase: str) -> str:
+    """The phase without its seed: ``student@3`` is a ``student``."""
+    return phase.partition("@")[0]
+
+
+def _lines(metrics: Iterable[Mapping[str, Any]], kind: str) -> dict[tuple[str, str], list[Line]]:
+    """Points (epoch, value) by role and name, one line a phase."""
+    by_phase: dict[tuple[str, str, str], Line] = {}
+    for entry in metrics:
+        for name, value in (entry.get(kind) or {}).items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                key = (_role(entry["phase"]), name, entry["phase"])
+                by_phase.setdefault(key, []).append((entry["epoch"], value))
+    found: dict[tuple[str, str], list[Line]] = {}
+    for (role, name, _), line in by_phase.items():
+        found.setdefault((role, name), []).append(_thinned(line))
+    return found
+
+
+def _thinned(line: Line) -> Line:
+    """Means over neighbours, so that a long training does not make a heavy page."""
+    stride = math.ceil(len(line) / _MOST_POINTS)
+    groups = [line[i : i + stride] for i in range(0, len(line), stride)]
+    return [(g[-1][0], sum(value for _, value in g) / len(g)) for g in groups]
+
+
+def _curves(metrics: list[dict[str, Any]], result: Mapping[str, Any]) -> list[Section]:
+    figures, metric, called = [], result["metric"]["name"], names(result)
+    validated = {
+        called.get(role, role): (role, lines)
+        for (role, name), lines in _lines(metrics, "validation").items()
+        if name == metric  # a phase may measure something else
+    }
+    if validated:
+        figures.append(_validation(validated, metric))
+    terms = _lines(metrics, "terms")
+    panels = [
+        _term(number, role, f"{called.get(role, role)}: {name}", lines)
+        for number, ((role, name), lines) in enumerate(terms.items())
+    ]
+    if panels:
+        caption = "Loss terms over epochs" + _seeds_note(terms.values())
+        if len(panels) > 1:
+            caption += "; one panel a phase and term, each with its own scale"
+        if len(panels) > _MOST_PANELS:
+            caption += f"; the first {_MOST_PANELS} of {len(panels)}"
+        figures.append(Figure(panels[:_MOST_PANELS], caption + "."))
+    return [Section("curves", "Training", figures)] if figures else []
+
+
+def _seeds_note(families: Iterable[list[Line]]) -> str:
+    return "; one thin line a seed" if any(len(lines) > 1 for lines in families) else ""
+
+
+def _validation(families: Mapping[str, tuple[str, list[Line]]], metric: str) -> Figure:
+    def draw(axes: Axes) -> None:
+        for name, (role, lines) in families.items():
+            _draw_lines(axes, role, lines, plain(name))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(plain(metric))
+        axes.margins(x=0.02)
+        if len(families) > 1:
+            legend = axes.figure.legend(
+                loc="outside upper left", ncols=3, handlelength=1.1, columnspacing=1.2
+            )
+            for handle in legend.get_lines():
+                handle.set(linewidth=2.5, alpha=1)
+
+    ends = ", ".join(
+        f"{name} ends at {sum(line[-1][1] for line in lines) / len(lines):.4g}"
+        for name, (_, lines) in families.items()
+    )
+    label = f"{metric} on the validation data over epochs: {ends}"
+    note = _seeds_note(lines for _, lines in families.values())
+    caption = f"{metric.capitalize()} on the validation data after each epoch{note}."
+    return Figure([panel("validation", label, draw, (4.2, 2.9))], caption)
+
+
+def _draw_lines(axes: Axes, role: str, lines: list[Line], name: str | None = None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    many = len(lines) > 1
+    for number, line in enumerate(lines):
+        axes.plot(
+            [epoch for epoch, _ in line],
+            [value for _, value in line],
+            label=None if number else name,
+            color=COLOURS.get(role, OTHER),
+            linewidth=0.8 if many else 1.6,
+            alpha=0.75 if many else 1.0,
+            # One point makes no line.
+            marker="o" if len(line) == 1 else None,
+            markersize=4,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    grid(axes)
+
+
+def _term(number: int, role: str, title: str, lines: list[Line]) -> Panel:
+    values = [value for line in lines for _, value in line]
+
+    def draw(axes: Axes) -> None:
+        _draw_lines(axes, role, lines)
+        if min(values) > 0 and max(values) > 30 * min(values):
+            logarithmic(axes, "y")
+        elif min(values) >= 0:
+            axes.set_ylim(bottom=0)
+        axes.set_title(plain(title, 40))
+        axes.set_xlabel("epoch")
+        axes.margins(x=0.02)
+
+    begin, end = lines[0][0][1], lines[0][-1][1]
+    label = f"Loss term over epochs, {title}: from {begin:.4g} to {end:.4g}"
+    return panel(f"term{number}", label, draw)
+
+
+# What the networks cost, and how near they come to their teacher.
+
+
+def _means(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metric of each role, over all seeds it was trained with."""
+    found = {}
+    for role in ROLES:
+        values = [s[role] for s in result.get("seeds") or () if s.get(role) is not None]
+        if values or result.get(role) is not None:
+            found[role], _ = mean_interval(values or [result[role]])
+    return found
+
+
+def _cost(result: Mapping[str, Any]) -> list[Section]:
+    means, metric = _means(result), result["metric"]["name"]
+    costs = {
+        "parameters": result.get("parameters") or {},
+        "median latency (ms)": {k: v["p50"] for k, v in (result.get("latency_ms") or {}).items()},
+    }
+    panels = []
+    for number, (heading, cost) in enumerate(costs.items()):
+        points = {role: (cost[role], mean) for role, mean in means.items() if role in cost}
+        if len(points) < 2:
+            continue
+        said = ", ".join(f"{ROLES[r]} {y:.4g} at {x:,.4g}" for r, (x, y) in points.items())
+        label = f"{metric} against {heading}: {said}"
+        panels.append(panel(f"cost{number}", label, _scatter(points, heading, metric)))
+    if not panels:
+        return []
+    ideal = "upper" if result["metric"].get("higher_is_better", True) else "lower"
+    caption = f"Each point is a network; the {ideal} left corner, good at little cost, is best."
+    title = f"{metric.capitalize()} against size and latency"
+    return [Section("cost", title, [Figure(panels, caption)])]
+
+
+def _scatter(
+    points: Mapping[str, tuple[float, float]], heading: str, metric: str
+) -> Callable[[Axes], None]:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def draw(axes: Axes) -> None:
+        for role, point in points.items():
+            axes.plot(*point, MARKERS[role], color=COLOURS[role], markersize=8, alpha=0.9)
+        axes.margins(0.22)
+        widths = [x for x, _ in points.values()]
+        if min(widths) > 0 and max(widths) > 10 * min(widths):
+            logarithmic(axes, "x")
+        else:
+            if min(widths) >= 0:
+                axes.set_xlim(0, 1.15 * max(widths) or 1)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(heading)
+        axes.set_ylabel(plain(metric))
+        grid(axes)
+        _label_points(axes, points)
+
+    return draw
+
+
+def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside the points, towards the middle, moved apart where they would overlap."""
+    axes.autoscale_view()  # what is not drawn yet has no places yet
+    inside = axes.transData + axes.transAxes.inverted()
+    places = {role: inside.transform(point) for role, point in points.items()}
+    for left in (True, False):
+        side = [role for role in places if (places[role][0] < 0.5) == left]
+        heights = spread([float(places[role][1]) for role in side], 0.1)
+        for role, height in zip(side, heights, strict=True):
+            axes.annotate(
+                ROLES[role],
+                (float(places[role][0]) + (0.04 if left else -0.04), height),
+                xycoords="axes fraction",
+                ha="left" if left else "right",
+                va="center",
+                color=COLOURS[role],
+                fontweight="bold",
+            )
+
+
+def _agreement(result: Mapping[str, Any]) -> list[Section]:
+    shares = {r: s for r, s in (result.get("agreement") or {}).items() if r in ROLES}
+    if not shares:
+        return []
+
+    def draw(axes: Axes) -> None:
+        for place, (role, share) in enumerate(shares.items()):
+            axes.barh(place, share, height=0.5, color=COLOURS[role])
+            axes.annotate(
+                f"{100 * share:.1f} %",
+                (1.02, place),
+                xycoords=("axes fraction", "data"),
+                va="center",
+            )
+        axes.set_yticks(range(len(shares)), [ROLES[role] for role in shares])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        grid(axes, "x")
+        axes.axvline(0, color=INK, linewidth=0.6)
+
+    said = ", ".join(f"{ROLES[role]} {100 * share:.1f} %" for role, share in shares.items())
+    drawn = panel(
+        "agreement", f"Agreement with the teacher: {said}", draw, (4.2, 0.55 + 0.36 * len(shares))
+    )
+    caption = "Share of test samples to which a network gives the same answer as the teacher."
+    return [Section("agreement", "Agreement with the teacher", [Figure([drawn], caption)])]
+
+
+# What the run wrote down about itself.
+
+
+def _audit(metrics: list[dict[str, Any]], called: Mapping[str, str]) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    heard: dict[str, str] = {}
+    for entry in metrics:
+        phase = entry["phase"]
+        # Further seeds of a role say the same again.
+        if "audit" not in entry or heard.setdefault(_role(phase), phase) != phase:
+            continue
+        shares = entry["audit"].get("gradient_share", {})
+        for term, value in entry["audit"].get("values", {}).items():
+            share = shares.get(term, 0.0)
+            share = share if math.isfinite(share) else 0.0
+            found.append(
+                {
+                    "phase": called.get(_role(phase), _role(phase)),
+                    "term": term,
+                    "value": f"{value:.4g}",
+                    "share": f"{100 * share:.1f} %",
+                    "width": f"{100 * min(max(share, 0.0), 1.0):.1f}",
+                }
+            )
+    return found
+
+
+def _environment(run: Run) -> list[tuple[str, str]]:
+    try:
+        facts = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    found = []
+    for name, value in facts.items() if isinstance(facts, dict) else ():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {v}" for key, v in value.items())
+        elif isinstance(value, list):
+            value = " ".join(str(v) for v in value)
+        if value is not None:
+            found.append((str(name), str(value)))
+    return found

@@ -1,0 +1,71 @@
+"""The one table: teacher, plain student and distilled student side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from limbeck.report.verdict import mean_interval
+
+ROLES = {"teacher": "teacher", "baseline": "plain student", "student": "distilled student"}
+
+
+def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of strings, one row a network that the run has."""
+    there = [role for role in ROLES if result.get(role) is not None]
+    headings = ["", result["metric"]["name"]]
+    columns = [[_name(role, there) for role in there], [_metric(result, role) for role in there]]
+    for key, heading, form in (
+        ("agreement", "agreement", _percent),
+        ("parameters", "parameters", _count),
+        ("multiply_adds", "multiply-adds", _count),
+        ("bytes", "size", lambda n: f"{n / 1e6:.2f} MB"),
+        ("latency_ms", "latency", lambda p: f"{p['p50']:.2f} ms"),
+    ):
+        facts = result.get(key) or {}
+        if any(role in facts for role in there):
+            headings.append(heading)
+            columns.append([form(facts[r]) if r in facts else "" for r in there])
+    return headings, [list(row) for row in zip(*columns, strict=True)]
+
+
+def _name(role: str, there: list[str]) -> str:
+    return "model" if there == ["student"] else ROLES[role]
+
+
+def _metric(result: Mapping[str, Any], role: str) -> str:
+    values = [seed[role] for seed in result.get("seeds", ()) if role in seed]
+    mean, half = mean_interval(values or [result[role]])
+    form = _percent if result["metric"]["name"] in ("accuracy",) else "{:.4f}".format
+    return form(mean) + (f" ± {form(half)}" if half is not None else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def as_rich(result: Mapping[str, Any]) -> Table:
+    """The table for a terminal."""
+    headings, lines = rows(result)
+    table = Table(box=None, pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    headings, lines = rows(result)
+    ruler = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, ruler, *lines])

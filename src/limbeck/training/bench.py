@@ -1,0 +1,189 @@
+"""What a method finds laid out for it: task, data, teacher, students and budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from limbeck.errors import UserError
+from limbeck.training.distiller import Distiller
+from limbeck.training.method import Method, Phases
+from limbeck.training.network import Network
+from limbeck.training.phases import Fit, Training, Update
+from limbeck.training.progress import Voice
+from limbeck.training.task import Batch, Batches, Task
+from limbeck.training.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that is to teach, and how it is trained first (``None``: it is ready).
+
+    ``task`` makes its training batches where they differ from the students' (augmentation).
+    """
+
+    network: Network
+    training: Training | None = None
+    task: Task | None = None
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What a method finds laid out for it.
+
+    Args:
+        task: what a batch means.
+        train: the split that teachers are trained on.
+        transfer: the split that students learn from, plainly and by distillation.
+        validation: the split that decides whatever is decided; may be empty.
+        test: the split that the finished networks are measured on, and nothing else.
+        candidates: the teachers-to-be; empty for methods without a teacher.
+        make_student: builds the student that starts from a seed, the same for plain training and
+            distillation.
+        training: the students' budget.
+        seeds: one paired comparison each.
+        baseline: whether the plain student is trained too.
+        select: whether the last epoch counts or the best on validation data.
+        mean, weights: how several teachers are averaged (see :class:`Teacher`).
+    """
+
+    task: Task
+    train: Any
+    transfer: Any
+    validation: Any
+    test: Any
+    candidates: Sequence[Candidate]
+    make_student: Callable[[int], Network]
+    training: Training
+    seeds: tuple[int, ...] = (0,)
+    baseline: bool = True
+    select: Literal["last", "best"] = "last"
+    mean: Literal["probabilities", "logits"] = "probabilities"
+    weights: Sequence[float] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    voice: Voice = field(default_factory=lambda: Voice(quiet=True))
+
+    def __post_init__(self) -> None:
+        self.students: dict[int, Network] = {}
+        self.baselines: dict[int, Network] = {}
+        self.teacher: Teacher | None = None
+
+    def label(self, name: str, seed: int) -> str:
+        """A phase's name, with its seed where there are several."""
+        return name if len(self.seeds) == 1 else f"{name}@{seed}"
+
+    def batches(self, batch_size: int, seed: int) -> Batches:
+        """Training batches of the transfer set."""
+        return self.task.batches(self.transfer, batch_size=batch_size, seed=seed, train=True)
+
+    def watch(self, network: nn.Module) -> Callable[[], dict[str, float]] | None:
+        """A measurement on validation data, the task's metric first; ``None`` without any."""
+        if not len(self.validation) or not isinstance(network, Network):
+            return None
+
+        def measure() -> dict[str, float]:
+            found = self.task.measure(network, self.validation)
+            return {self.task.metric: found[self.task.metric], **found}
+
+        return measure
+
+    def student(self, seed: int) -> Network:
+        """A fresh student for this seed, delivered at the end of the run."""
+        self.students[seed] = self.make_student(seed).to(self.device)
+        return self.students[seed]
+
+    def sample(self) -> Batch:
+        """A few samples for probing shapes, on the device."""
+        loader = self.task.batches(self.transfer, batch_size=min(8, len(self.transfer)))
+        batch = next(iter(loader.epoch(0)))
+        return {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+    def distiller(self, student: Network, method: Method, seed: int = 0) -> Distiller:
+        """Student, teacher and a copy of the method, its adapters shaped by a first batch."""
+        if self.teacher is None:
+            raise UserError(f"{type(method).__name__} needs a teacher; name one with --teacher")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            own = copy.deepcopy(method)
+            distiller = Distiller(student, self.teacher, own, self.task, self.sample())
+        distiller.to(self.device)
+        return distiller
+
+    def teach(self) -> Phases:
+        """Train the teachers that are not ready, freeze all, and say how good they are."""
+        if not self.candidates:
+            raise UserError("this method needs a teacher; name one with --teacher")
+        for number, candidate in enumerate(self.candidates):
+            network = candidate.network.to(self.device)
+            if candidate.training is not None:
+                name = "teacher" if len(self.candidates) == 1 else f"teacher-{number + 1}"
+                yield self.fit(
+                    name,
+                    network,
+                    candidate.training,
+                    seed=number,
+                    split=self.train,
+                    task=candidate.task,
+                )
+        networks = [c.network for c in self.candidates]
+        self.teacher = Teacher(networks, mean=self.mean, weights=self.weights).to(self.device)
+        if len(self.validation):
+            for network in networks:
+                found = self.task.measure(network, self.validation)[self.task.metric]
+                self.voice.say(
+                    f"teacher {network.name or type(network.model).__name__}: "
+                    f"{self.task.metric} {found:.4f} on the validation split"
+                )
+
+    def plain(self, seed: int) -> Phases:
+        """Train the student of this seed on labels alone, for the comparison."""
+        if not self.baseline:
+            return
+        network = self.baselines[seed] = self.make_student(seed).to(self.device)
+        yield self.fit(self.label("baseline", seed), network, self.training, seed=seed)
+
+    def fit(
+        self,
+        name: str,
+        network: Network,
+        settings: Training,
+        *,
+        seed: int,
+        split: Any = None,
+        task: Task | None = None,
+    ) -> Fit:
+        """Supervised training of one network, on the transfer set unless told otherwise."""
+        task = task or self.task
+        split = self.transfer if split is None else split
+        return Fit(
+            name=name,
+            seed=seed,
+            updates=[
+                Update(
+                    train={"student": network},
+                    terms=lambda batch: {"labels": task.loss(task.run(network, batch), batch)},
+                    settings=settings,
+                )
+            ],
+            batches=task.batches(split, batch_size=settings.batch_size, seed=seed, train=True),
+            epochs=settings.epochs,
+            evaluate=self.watch(network),
+            select=self.select,
+            higher_is_better=task.higher_is_better,
+        )
+
+    def delivered(self, seed: int) -> dict[str, Network | Teacher]:
+        """The finished networks of a seed by role: teacher, baseline, student."""
+        found: dict[str, Network | Teacher] = {}
+        if self.teacher is not None:
+            found["teacher"] = self.teacher
+        if seed in self.baselines:
+            found["baseline"] = self.baselines[seed]
+        if seed in self.students:
+            found["student"] = self.students[seed]
+        return found

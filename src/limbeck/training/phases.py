@@ -1,0 +1,146 @@
+"""Stretches of training: ``Fit``, a gradient loop, and ``Solve``, a step without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from limbeck.training.task import Batch, Batches, Terms
+
+
+class Training(BaseModel):
+    """How a model is trained: budget, optimiser and learning rate.
+
+    ``milestones`` are epochs after which a ``step`` schedule multiplies the rate by ``gamma``;
+    ``cosine`` falls to zero at the last step; ``warmup`` epochs rise linearly from zero.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=10, ge=0, description="passes over the training set")
+    batch_size: int = Field(default=64, ge=1, description="samples a step, over all processes")
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(default=0.05, gt=0, allow_inf_nan=False, description="peak learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = False
+    weight_decay: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
+    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    warmup: float = Field(default=0.0, ge=0, description="epochs")
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulate: int = Field(default=1, ge=1, description="slices that a batch is worked off in")
+
+    def factor(self, epoch: float) -> float:
+        """What the learning rate is multiplied by at a fractional epoch.
+
+        >>> Training(schedule="step", milestones=(2, 4)).factor(2.0)
+        0.1
+        >>> Training(schedule="cosine", epochs=2).factor(1.0)
+        0.5
+        """
+        if epoch < self.warmup:
+            return epoch / self.warmup
+        if self.schedule == "step":
+            return math.prod(self.gamma for m in self.milestones if epoch >= m)
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-12)
+            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return 1.0
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser over these parameters."""
+        wanted = [p for p in parameters if p.requires_grad]
+        if self.optimiser == "sgd":
+            return torch.optim.SGD(
+                wanted,
+                lr=self.lr,
+                momentum=self.momentum,
+                nesterov=self.nesterov,
+                weight_decay=self.weight_decay,
+            )
+        kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
+        return kind(wanted, lr=self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(kw_only=True)
+class Update:
+    """One optimiser step within a step of a ``Fit``: what it trains, and on which loss terms.
+
+    ``train`` names the modules that this update's optimiser owns; a module that needs another
+    learning rate than the rest has an entry in ``settings_for``.
+    """
+
+    train: Mapping[str, nn.Module]
+    terms: Callable[[Batch], Terms]
+    settings: Training
+    settings_for: Mapping[str, Training] = field(default_factory=dict)
+    name: str = "student"
+
+
+@dataclass(kw_only=True)
+class Phase:
+    """A stretch of training that changes some modules and can be skipped once it is done.
+
+    ``name`` is unique in a run. ``seed`` decides data order, augmentation and dropout.
+    """
+
+    name: str
+    seed: int = 0
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything whose state the phase changes."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Fit(Phase):
+    """Gradient steps over batches for some epochs, one or several updates a step, in order.
+
+    ``evaluate`` measures on validation data after every epoch; with ``select="best"`` the state
+    with the best measure (the task's metric, first key) is kept instead of the last.
+    ``keep`` lists epochs (1 = after the first) after which the state is kept in the run folder.
+    """
+
+    updates: Sequence[Update]
+    batches: Batches
+    epochs: int
+    evaluate: Callable[[], dict[str, float]] | None = None
+    select: Literal["last", "best"] = "last"
+    higher_is_better: bool = True
+    keep: Sequence[int] = ()
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {name: module for update in self.updates for name, module in update.train.items()}
+
+
+class Journal(Protocol):
+    """What a ``Solve`` has done so far; it survives a kill."""
+
+    def remember(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do a piece of work once; a resumed run gets its result back instead.
+
+        The result is made of tensors, numbers, strings, lists and dicts.
+        """
+        ...
+
+
+@dataclass(kw_only=True)
+class Solve(Phase):
+    """A step with no gradient loop: a closed form, a search, another engine's run.
+
+    ``run`` changes the modules in ``writes`` and returns a result of plain values, which is what
+    the ``yield`` of the phase gives back, also in a resumed run.
+    """
+
+    run: Callable[[Journal], Any]
+    writes: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.writes)

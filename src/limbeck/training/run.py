@@ -1,0 +1,186 @@
+"""A folder that is the whole truth about one training."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from limbeck.errors import UserError
+from limbeck.training.checkpoint import Checkpoints, read_state, write_atomically, write_state
+
+RECIPE, METRICS, RESULT = "recipe.yaml", "metrics.jsonl", "result.json"
+
+
+class Run:
+    """A run folder: recipe, environment, metrics, phases done, checkpoints and deliverables.
+
+    Layout: ``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``log.txt``,
+    ``phases/NN-name.state`` (what each finished phase left), ``checkpoints/`` (of the phase under
+    way), ``student.safetensors`` with ``student.json``, ``result.json``, ``report.html``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._metrics: IO[bytes] | None = None
+        self._lock: IO[bytes] | None = None
+
+    @classmethod
+    def create(cls, path: Path, recipe: Mapping[str, Any]) -> Run:
+        """Make a fresh run folder.
+
+        Raises:
+            UserError: the folder exists and is not empty, or cannot be written.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            known = path / RECIPE
+            hint = f"continue it with: limbeck resume {path}, or " if known.is_file() else ""
+            raise UserError(f"{path} already exists; {hint}choose another name with --out")
+        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+        write_atomically(path / RECIPE, text.encode())
+        write_atomically(path / "environment.json", json.dumps(_environment(), indent=2).encode())
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open an existing run folder.
+
+        Raises:
+            UserError: there is no run in this folder.
+        """
+        if not (path / RECIPE).is_file():
+            raise UserError(f"{path} is no run folder: it has no {RECIPE}")
+        return cls(path)
+
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe."""
+        return self._mapping(RECIPE, yaml.safe_load)
+
+    def result(self) -> dict[str, Any]:
+        """What the run found; raises :class:`UserError` while it is not finished."""
+        if not (self.path / RESULT).is_file():
+            raise UserError(
+                f"{self.path} is not finished; continue it with: limbeck resume {self.path}"
+            )
+        return self._mapping(RESULT, json.loads)
+
+    def _mapping(self, name: str, parse: Any) -> dict[str, Any]:
+        try:
+            content = parse((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"{self.path / name} cannot be read: it is not what Limbeck wrote")
+        return content
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file into the folder in one move."""
+        write_atomically(self.path / name, json.dumps(content, indent=2).encode())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder; a dead owner holds nothing.
+
+        Raises:
+            UserError: another process is training in this folder.
+        """
+        import fcntl
+
+        self._lock = (self.path / ".lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(
+                f"another process is training in {self.path}; wait for it, stop it, or choose "
+                "another name with --out"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.close()
+
+    # Metrics: one JSON object a line; a resumed run cuts the file back to its checkpoint.
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to the metrics."""
+        if self._metrics is None:
+            self._metrics = (self.path / METRICS).open("ab")
+        self._metrics.write(json.dumps(line).encode() + b"\n")
+
+    def logged(self) -> int:
+        """How many bytes of metrics there are, all of them on disk."""
+        if self._metrics is None:
+            self._metrics = (self.path / METRICS).open("ab")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def cut_log(self, length: int) -> None:
+        """Forget the metrics written after ``length`` bytes."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        path = self.path / METRICS
+        if path.exists():
+            os.truncate(path, length)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of the metrics."""
+        if self._metrics is not None:
+            self._metrics.flush()
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    # Phases: what a finished phase left is written once and never again.
+
+    def phase_path(self, index: int, name: str) -> Path:
+        """Where the outcome of a phase lies."""
+        safe = "".join(c if c.isalnum() or c in "-_@." else "-" for c in name)
+        return self.path / "phases" / f"{index:03d}-{safe}.state"
+
+    def finish_phase(self, index: int, name: str, state: Mapping[str, Any]) -> None:
+        """Record the outcome of a phase; its checkpoints are no longer needed."""
+        write_state(self.phase_path(index, name), {**state, "phase": name, "log": self.logged()})
+        self.checkpoints.clear()
+
+    def finished_phase(self, index: int, name: str) -> dict[str, Any] | None:
+        """The outcome of a phase, or ``None`` if it is not finished."""
+        path = self.phase_path(index, name)
+        return read_state(path) if path.exists() else None
+
+
+def _environment() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    import torch
+
+    names = (
+        "limbeck",
+        "torch",
+        "torchvision",
+        "accelerate",
+        "numpy",
+        "safetensors",
+        "torchmetrics",
+    )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: version(name) for name in names},
+        "command": sys.argv,
+    }

@@ -1,0 +1,522 @@
+"""Runs phases and owns what a method must not: devices, precision, logging, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count, pairwise
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from limbeck.errors import UserError
+from limbeck.training.audit import audit, some_unused
+from limbeck.training.checkpoint import read_state, write_state
+from limbeck.training.method import Phases
+from limbeck.training.phases import Fit, Phase, Solve, Update
+from limbeck.training.progress import Voice
+from limbeck.training.run import Run
+from limbeck.training.seeding import seed_all
+from limbeck.training.task import Batch, Terms
+
+
+class Engine(BaseModel):
+    """How the trainer works; none of it changes what is learnt beyond rounding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    workers: int = Field(default=0, ge=0, description="processes that read images from disk")
+    log_every: int = Field(default=50, ge=1, description="steps between two lines of metrics")
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
+    trackers: tuple[str, ...] = Field(default=(), description="such as tensorboard")
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint; ``status`` is the exit status."""
+
+    def __init__(self, path: Any, number: int) -> None:
+        super().__init__(f"stopped; continue with: limbeck resume {path}")
+        self.status = 128 + number
+
+
+@dataclass
+class _Meter:
+    """Sums of loss terms, kept on the device; reading them is the loop's only synchronisation."""
+
+    names: list[str]
+    sums: Tensor
+    first_bad: Tensor
+    steps: int = 0
+
+    @classmethod
+    def like(cls, terms: Terms) -> _Meter:
+        values = _stacked(terms)
+        return cls(list(terms), torch.zeros_like(values), torch.full_like(values, -1.0))
+
+    def add(self, terms: Terms, step: int) -> None:
+        values = _stacked(terms)
+        self.sums += values
+        bad = ~torch.isfinite(values) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, float(step), self.first_bad)
+        self.steps += 1
+
+    def check(self, phase: str) -> None:
+        """Raise the sentence for the first term that was not finite."""
+        bad = [(s, n) for n, s in zip(self.names, self.first_bad.tolist(), strict=True) if s >= 0]
+        if bad:
+            step, name = min(bad)
+            raise UserError(
+                f"the loss term {name!r} became NaN or infinite at step {int(step)} of phase "
+                f"{phase!r}; lower the learning rate or the term's weight (the last good "
+                "checkpoint stands)"
+            )
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading."""
+        means = (self.sums / max(self.steps, 1)).tolist()
+        self.sums, self.steps = torch.zeros_like(self.sums), 0
+        return dict(zip(self.names, means, strict=True))
+
+
+def _stacked(terms: Terms) -> Tensor:
+    return torch.stack([t.detach().to(torch.float64) for t in terms.values()])
+
+
+class _Step(nn.Module):
+    """What an update trains, as one module: wrapped for several processes and low precision."""
+
+    def __init__(self, update: Update) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict(dict(update.train))
+        self._terms = update.terms
+
+    def forward(self, batch: Batch) -> Terms:
+        return self._terms(batch)
+
+
+class _Worker:
+    """One update with its optimiser."""
+
+    def __init__(self, update: Update, accelerator: Accelerator) -> None:
+        self.update = update
+        self.accelerator = accelerator
+        step = _Step(update).to(accelerator.device)
+        groups = []
+        for name, module in update.train.items():
+            settings = update.settings_for.get(name, update.settings)
+            if any(p.requires_grad for p in module.parameters()):
+                groups.append((settings, settings.build(module.parameters())))
+        if not groups:
+            raise UserError(f"nothing to train in update {update.name!r}: no parameter is free")
+        optimiser = groups[0][1]
+        for _, other in groups[1:]:
+            for group in other.param_groups:
+                optimiser.add_param_group(group)
+        self.settings = [s for s, o in groups for _ in o.param_groups[:1]]
+        self.parameters = [p for g in optimiser.param_groups for p in g["params"]]
+        self.module = accelerator.prepare(step)
+        self.optimiser = accelerator.prepare(optimiser)
+
+    def set_rate(self, epoch: float) -> None:
+        for settings, group in zip(self.settings, self.optimiser.param_groups, strict=True):
+            group["lr"] = settings.lr * settings.factor(epoch)
+
+    def __call__(self, batch: Batch) -> Terms:
+        """One step: forward, backward and update; the terms are detached."""
+        self.optimiser.zero_grad(set_to_none=True)
+        slices = self.update.settings.accumulate
+        total: Terms = {}
+        pieces = _slices(batch, slices)
+        for number, (piece, share) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                terms = self.module(piece)
+                scale = share * float(batch.get("share", 1.0))
+                loss = torch.stack(list(terms.values())).sum()
+                self.accelerator.backward(loss if scale == 1.0 else loss * scale)
+            for name, value in terms.items():
+                value = value.detach() * share
+                total[name] = total[name] + value if name in total else value
+        if self.update.settings.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, self.update.settings.clip_norm)
+        self.optimiser.step()
+        return total
+
+
+def _slices(batch: Batch, number: int) -> list[tuple[Batch, float]]:
+    """A batch in ``number`` slices along the samples, each with its share of them."""
+    sizes = [len(v) for v in batch.values() if isinstance(v, Tensor)]
+    if number == 1 or not sizes:
+        return [(batch, 1.0)]
+    whole = sizes[0]
+    edges = [round(whole * i / number) for i in range(number + 1)]
+    return [
+        ({k: v[a:b] if isinstance(v, Tensor) else v for k, v in batch.items()}, (b - a) / whole)
+        for a, b in pairwise(edges)
+        if b > a
+    ]
+
+
+class Trainer:
+    """Runs phases one after the other into a run folder, from wherever it stood."""
+
+    def __init__(self, run: Run, engine: Engine | None = None, voice: Voice | None = None) -> None:
+        self.run = run
+        self.engine = engine or Engine()
+        self.accelerator = Accelerator(
+            mixed_precision="no" if self.engine.precision == "fp32" else self.engine.precision,
+            cpu=self.engine.device == "cpu",
+            log_with=list(self.engine.trackers) or None,
+            project_dir=str(run.path),
+            kwargs_handlers=[DistributedDataParallelKwargs()],
+        )
+        self.main = self.accelerator.is_main_process
+        self.voice = (voice or Voice()) if self.main else Voice(quiet=True)
+        self.seconds: dict[str, float] = {}
+        self._signal: int | None = None
+        self._resumed = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def work(self, phases: Phases) -> None:
+        """Run all phases; those already finished are skipped with their outcome put back.
+
+        Raises:
+            UserError: a loss that is not finite, a damaged run folder.
+            Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+        """
+        if self.engine.trackers:
+            self.accelerator.init_trackers("logs")
+        result: Any = None
+        log = 0
+        with self._listening():
+            for index in count():
+                try:
+                    phase = phases.send(result)
+                except StopIteration:
+                    break
+                done = self.run.finished_phase(index, phase.name)
+                if done is None:
+                    done = self._do(index, phase, log)
+                else:
+                    self._resumed = True
+                    _load(phase, done["modules"])
+                log, result = done["log"], done["result"]
+                self.seconds[phase.name] = done["seconds"]
+        if self.engine.trackers:
+            self.accelerator.end_training()
+
+    def _do(self, index: int, phase: Phase, log: int) -> dict[str, Any]:
+        checkpoint = self.run.checkpoints.newest()
+        for path in self.run.checkpoints.skipped:
+            self.voice.warn(f"{path} is damaged and was skipped for the checkpoint before it")
+        if checkpoint is not None and checkpoint["phase"] != phase.name:
+            checkpoint = None
+        if self.main:
+            self.run.cut_log(checkpoint["log"] if checkpoint else log)
+        seed_all(phase.seed, index)
+        if isinstance(phase, Fit):
+            result, seconds = None, _Fitting(self, index, phase, checkpoint).work()
+        elif isinstance(phase, Solve):
+            result, seconds = self._solve(index, phase)
+        else:
+            raise TypeError(f"a phase is a Fit or a Solve, not {type(phase).__name__}")
+        if self.main:
+            state = {"modules": _state(phase), "result": result, "seconds": seconds}
+            self.run.finish_phase(index, phase.name, state)
+        self.accelerator.wait_for_everyone()
+        done = self.run.finished_phase(index, phase.name)
+        assert done is not None
+        if not self.main:
+            _load(phase, done["modules"])
+        return done
+
+    def _solve(self, index: int, phase: Solve) -> tuple[Any, float]:
+        begun = time.monotonic()
+        for module in phase.writes.values():
+            module.to(self.device)
+        return phase.run(_Journal(self, index, phase)), time.monotonic() - begun
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        def heard(number: int, _: FrameType | None) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = [signal.signal(n, heard) for n in numbers]
+        except ValueError:  # signals can be set in the main thread only
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def stop_if_asked(self, save: Callable[[], None]) -> None:
+        """Save and leave if a signal has arrived."""
+        if self._signal is not None:
+            save()
+            raise Interrupted(self.run.path, self._signal)
+
+
+class _Journal:
+    """Pieces of a ``Solve`` that are done, one file each."""
+
+    def __init__(self, trainer: Trainer, index: int, phase: Phase) -> None:
+        self._trainer = trainer
+        self._folder = trainer.run.phase_path(index, phase.name).with_suffix(".journal")
+
+    def remember(self, name: str, work: Callable[[], Any]) -> Any:
+        path = self._folder / f"{name}.state"
+        if path.exists():
+            return read_state(path)
+        result = work()
+        if self._trainer.main:
+            write_state(path, result)
+        self._trainer.stop_if_asked(lambda: None)
+        return result
+
+
+class _Fitting:
+    """A ``Fit`` under way."""
+
+    def __init__(
+        self, trainer: Trainer, index: int, phase: Fit, checkpoint: Mapping[str, Any] | None
+    ) -> None:
+        self.trainer = trainer
+        self.index = index
+        self.phase = phase
+        self.rank = trainer.accelerator.process_index
+        self.workers = [self._worker(update) for update in phase.updates]
+        self.meters: list[_Meter | None] = [None for _ in self.workers]
+        self.length = len(phase.batches)
+        self.epoch = self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.spent = 0.0
+        self.begun = self.saved = time.monotonic()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _worker(self, update: Update) -> _Worker:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            for module in update.train.values():
+                module.to(accelerator.device).train()
+            batch = self._moved(next(self.phase.batches.epoch(0)))
+            accelerator.ddp_handler.find_unused_parameters = some_unused(update, batch)
+        return _Worker(update, accelerator)
+
+    def _moved(self, batch: Batch) -> Batch:
+        device = self.trainer.device
+        return {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in batch.items()
+        }
+
+    def work(self) -> float:
+        """Run to the end; returns the seconds spent, over all attempts."""
+        phase, trainer = self.phase, self.trainer
+        trainer.voice.begin(phase.name, phase.epochs * self.length, self._steps_done())
+        try:
+            while self.epoch < phase.epochs:
+                self._epoch()
+        finally:
+            trainer.voice.end()
+        if self.best is not None:
+            _load(phase, self.best["modules"])
+        for module in phase.modules().values():
+            module.eval()
+            module.zero_grad(set_to_none=True)
+        return self._seconds()
+
+    def _epoch(self) -> None:
+        phase, engine = self.phase, self.trainer.engine
+        for module in phase.modules().values():
+            module.train()
+        for batch in phase.batches.epoch(self.epoch, self.step):
+            batch = self._moved(batch)
+            done = self._steps_done()
+            if done == 0:
+                self._audit(batch)
+            seed_all(phase.seed, done, self.rank)
+            for number, worker in enumerate(self.workers):
+                worker.set_rate(self.epoch + self.step / self.length)
+                with self._only(worker):
+                    terms = worker(batch)
+                meter = self.meters[number] or _Meter.like(terms)
+                meter.add(terms, done + 1)
+                self.meters[number] = meter
+            self.step += 1
+            if (done + 1) % engine.log_every == 0:
+                self._log(len(next(iter(batch.values()))))
+            else:
+                self.trainer.voice.step(done + 1)
+            self.trainer.stop_if_asked(self._save)
+            if time.monotonic() - self.saved >= engine.checkpoint_seconds:
+                self._save()
+        if self.step < self.length:
+            raise UserError(
+                f"the data gave {self.step} batches in epoch {self.epoch + 1} where it had "
+                f"announced {self.length}"
+            )
+        self._log(0)
+        self.epoch, self.step = self.epoch + 1, 0
+        self._after_epoch()
+
+    def _after_epoch(self) -> None:
+        phase, run = self.phase, self.trainer.run
+        if not self.trainer.main:
+            return
+        if phase.evaluate is not None:
+            measures = phase.evaluate()
+            run.log({**self._place(), "validation": measures})
+            self._track({f"{phase.name}/validation/{k}": v for k, v in measures.items()})
+            value = next(iter(measures.values()))
+            if phase.select == "best" and self._improves(value):
+                self.best = {"value": value, "modules": copy.deepcopy(_state(phase))}
+        if self.epoch in phase.keep:
+            path = run.phase_path(self.index, phase.name)
+            write_state(path.with_suffix(f".epoch-{self.epoch}"), {"modules": _state(phase)})
+
+    def _improves(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        before = float(self.best["value"])
+        return value > before if self.phase.higher_is_better else value < before
+
+    def _audit(self, batch: Batch) -> None:
+        """Say what the first batch tells: each term's value and share of the gradient."""
+        if self.rank:
+            return
+        for worker in self.workers:
+            with self._only(worker):
+                seed_all(self.phase.seed, 0, self.rank)
+                found = audit(worker.update, batch)
+            found.speak(self.trainer.voice, self.phase.name)
+            self.trainer.run.log({**self._place(), "audit": found.as_json()})
+
+    @contextmanager
+    def _only(self, worker: _Worker) -> Iterator[None]:
+        """Let gradients reach nothing that another update owns."""
+        own = {id(p) for p in worker.parameters}
+        others = [p for w in self.workers for p in w.parameters if id(p) not in own]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _log(self, samples: int) -> None:
+        terms: dict[str, float] = {}
+        for worker, meter in zip(self.workers, self.meters, strict=True):
+            if meter is None or not meter.steps:
+                continue
+            meter.check(self.phase.name)
+            prefix = "" if len(self.workers) == 1 else f"{worker.update.name}."
+            terms |= {prefix + name: value for name, value in meter.read().items()}
+        if not terms or not self.trainer.main:
+            return
+        rate = self.workers[0].optimiser.param_groups[0]["lr"]
+        self.trainer.run.log({**self._place(), "lr": rate, "terms": terms})
+        self._track({f"{self.phase.name}/{k}": v for k, v in terms.items()})
+        if samples:
+            processes = self.trainer.accelerator.num_processes
+            self.trainer.voice.step(self._steps_done(), terms, samples * processes)
+
+    def _track(self, values: Mapping[str, float]) -> None:
+        if self.trainer.engine.trackers:
+            self.trainer.accelerator.log(dict(values), step=self._steps_done())
+
+    def _place(self) -> dict[str, Any]:
+        """Where in the run a line of metrics was written; ``step`` counts finished steps."""
+        return {
+            "phase": self.phase.name,
+            "seed": self.phase.seed,
+            "epoch": self._steps_done() / max(self.length, 1),
+            "step": self._steps_done(),
+        }
+
+    def _steps_done(self) -> int:
+        return self.epoch * self.length + self.step
+
+    def _seconds(self) -> float:
+        return self.spent + time.monotonic() - self.begun
+
+    def _save(self) -> None:
+        for meter in self.meters:
+            if meter is not None:
+                meter.check(self.phase.name)
+        if self.trainer.main:
+            self.trainer.run.checkpoints.write(self._snapshot())
+        self.saved = time.monotonic()
+
+    def _snapshot(self) -> dict[str, Any]:
+        scaler = self.trainer.accelerator.scaler
+        return {
+            "phase": self.phase.name,
+            "epoch": self.epoch,
+            "step": self.step,
+            "modules": _state(self.phase),
+            "optimisers": [w.optimiser.state_dict() for w in self.workers],
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "meters": [
+                None if m is None else [m.names, m.sums, m.first_bad, m.steps] for m in self.meters
+            ],
+            "best": self.best,
+            "log": self.trainer.run.logged(),
+            "seconds": self._seconds(),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        device = self.trainer.device
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.spent = state["seconds"]
+        _load(self.phase, state["modules"])
+        for worker, saved in zip(self.workers, state["optimisers"], strict=True):
+            worker.optimiser.load_state_dict(saved)
+        if state["scaler"] is not None and self.trainer.accelerator.scaler is not None:
+            self.trainer.accelerator.scaler.load_state_dict(state["scaler"])
+        self.meters = [
+            None if m is None else _Meter(m[0], m[1].to(device), m[2].to(device), m[3])
+            for m in state["meters"]
+        ]
+        self.trainer.voice.say(
+            f"{self.phase.name}: resumed at step {self._steps_done():,} "
+            f"of {self.phase.epochs * self.length:,}"
+        )
+
+
+def _state(phase: Phase) -> dict[str, dict[str, Any]]:
+    return {name: module.state_dict() for name, module in phase.modules().items()}
+
+
+def _load(phase: Phase, state: Mapping[str, Mapping[str, Any]]) -> None:
+    modules = phase.modules()
+    if set(modules) != set(state):
+        raise UserError(
+            f"phase {phase.name!r} was recorded with the modules {sorted(state)} but has "
+            f"{sorted(modules)}; the run was made by another version of the method"
+        )
+    for name, module in modules.items():
+        module.load_state_dict(state[name])

@@ -1,0 +1,220 @@
+"""Augmentation is a pure function of (seed, sample, view)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from limbeck.data.augment import Augment, uniforms
+
+EVERYTHING = Augment(crop=3, flip=True, zoom=0.5, erase=0.5)
+EACH = [Augment(crop=4), Augment(flip=True), Augment(zoom=0.4), Augment(erase=0.7), EVERYTHING]
+
+
+def noise(number: int, channels: int = 3, height: int = 12, width: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    shape = (number, channels, height, width)
+    return torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def places(cut: Tensor, whole: Tensor, crop: int) -> list[tuple[int, int, bool]]:
+    """Every (top, left, mirrored) whose cut out of the padded image, made by PIL, is ``cut``."""
+    _, height, width = whole.shape
+    wide = Image.new("RGB", (width + 2 * crop, height + 2 * crop))
+    wide.paste(Image.fromarray(whole.permute(1, 2, 0).numpy()), (crop, crop))
+    found = []
+    for top in range(2 * crop + 1):
+        for left in range(2 * crop + 1):
+            plain = np.array(wide.crop((left, top, left + width, top + height)))
+            for mirrored in (False, True):
+                candidate = plain[:, ::-1] if mirrored else plain
+                if np.array_equal(candidate, cut.permute(1, 2, 0).numpy()):
+                    found.append((top, left, mirrored))
+    return found
+
+
+@pytest.mark.parametrize("augment", EACH, ids=str)
+def test_a_sample_looks_the_same_alone_in_company_and_in_any_order(augment: Augment) -> None:
+    pixels, rows = noise(40), torch.arange(40) * 977 + 3
+    together = augment(pixels, rows, seed=7, view=2)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(augment(pixels[order], rows[order], seed=7, view=2), together[order])
+    for i in range(40):
+        alone = augment(pixels[i : i + 1], rows[i : i + 1], seed=7, view=2)
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("augment", EACH, ids=str)
+def test_view_seed_and_sample_each_change_the_pixels(augment: Augment) -> None:
+    pixels, rows = noise(1).expand(64, -1, -1, -1), torch.arange(64)
+    first = augment(pixels, rows, seed=0, view=0)
+    assert torch.equal(first, augment(pixels, rows, seed=0, view=0))
+    assert not torch.equal(first, augment(pixels, rows, seed=1, view=0))
+    assert not torch.equal(first, augment(pixels, rows, seed=0, view=1))
+    assert not torch.equal(first, augment(pixels, rows + 64, seed=0, view=0))
+
+
+@pytest.mark.parametrize("augment", EACH, ids=str)
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (3, 3, 7, 10), (1, 3, 1, 1)], ids=str)
+def test_shape_and_type_stay_and_the_input_is_left_alone(
+    augment: Augment, shape: tuple[int, ...]
+) -> None:
+    pixels = noise(*shape)
+    before = pixels.clone()
+    after = augment(pixels, torch.arange(shape[0]), seed=0, view=0)
+    assert after.shape == pixels.shape
+    assert after.dtype == torch.uint8
+    assert torch.equal(pixels, before)
+
+
+def test_nothing_asked_changes_nothing() -> None:
+    pixels = noise(9)
+    for nothing in (Augment(), Augment(crop=0, flip=False, zoom=1.0, erase=0.0)):
+        assert torch.equal(nothing(pixels, torch.arange(9), seed=3, view=4), pixels)
+
+
+def test_a_crop_is_the_cut_that_pil_makes_of_the_image_padded_with_black() -> None:
+    pixels = noise(60, height=9, width=11)
+    cuts = Augment(crop=3)(pixels, torch.arange(60), seed=0, view=0)
+    for cut, whole in zip(cuts, pixels, strict=True):
+        found = places(cut, whole, 3)
+        assert len(found) == 1
+        assert not found[0][2]
+
+
+def test_a_flip_mirrors_what_was_cut() -> None:
+    pixels = noise(60)
+    cuts = Augment(crop=2, flip=True)(pixels, torch.arange(60), seed=0, view=0)
+    found = [places(cut, whole, 2) for cut, whole in zip(cuts, pixels, strict=True)]
+    assert all(len(f) == 1 for f in found)
+    assert {mirrored for ((_, _, mirrored),) in found} == {False, True}
+
+
+def test_all_crop_positions_occur_about_equally_often() -> None:
+    crop, number = 2, 20_000
+    mark = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    mark[0, 0, 4, 4] = 255
+    cuts = Augment(crop=crop)(mark.expand(number, -1, -1, -1), torch.arange(number), 1, 0)
+    counts = cuts.long().sum((0, 1))[2:7, 2:7] // 255
+    assert counts.sum() == number
+    expected = number / 25
+    # 99.99 % of a chi squared variable with 24 degrees of freedom lie below 58.6.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 58.6
+
+
+def test_half_the_images_are_flipped() -> None:
+    number = 20_000
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(number, 1, 1, 2)
+    flipped = Augment(flip=True)(pixels, torch.arange(number), seed=2, view=9)[:, 0, 0, 0] == 255
+    assert abs(float(flipped.double().mean()) - 0.5) < 4 * 0.5 / number**0.5
+
+
+def test_a_zoom_shows_a_part_of_a_ramp_at_its_own_slope() -> None:
+    width = 64
+    ramp = (torch.arange(width) * 4).to(torch.uint8).expand(200, 1, width, width)
+    zoomed = Augment(zoom=0.5)(ramp, torch.arange(200), seed=0, view=0).double()
+    # Away from the border, where the ramp is reflected, the slope is the side of what was cut.
+    slopes = (zoomed[:, 0, 32, 60] - zoomed[:, 0, 32, 3]) / 57 / 4
+    assert float(slopes.min()) > 0.5 - 0.01
+    assert float(slopes.max()) < 1.0 + 0.01
+    assert float(slopes.min()) < 0.53
+    assert float(slopes.max()) > 0.97
+    assert float((zoomed[:, 0, 1:] - zoomed[:, 0, :1]).abs().max()) == 0
+
+
+def test_a_zoom_of_one_colour_is_that_colour() -> None:
+    flat = torch.full((30, 3, 8, 8), 201, dtype=torch.uint8)
+    assert torch.equal(Augment(zoom=0.2)(flat, torch.arange(30), seed=0, view=0), flat)
+
+
+def test_an_erased_box_is_one_grey_rectangle_of_2_to_20_percent() -> None:
+    side = 100
+    pixels = torch.zeros(300, 1, side, side, dtype=torch.uint8)
+    erased = Augment(erase=1.0)(pixels, torch.arange(300), seed=0, view=0)[:, 0]
+    assert set(erased.unique().tolist()) == {0, 127}
+    areas = []
+    for image in erased:
+        ys, xs = (image == 127).nonzero(as_tuple=True)
+        height, width = int(ys.max() - ys.min()) + 1, int(xs.max() - xs.min()) + 1
+        assert len(ys) == height * width
+        assert abs(height - width) <= 1
+        areas.append(len(ys) / side**2)
+    # A pixel more or less on each side.
+    assert min(areas) > (0.02**0.5 - 1 / side) ** 2
+    assert max(areas) < (0.20**0.5 + 1 / side) ** 2
+    assert min(areas) < 0.03
+    assert max(areas) > 0.19
+
+
+def test_boxes_reach_every_part_of_the_image() -> None:
+    pixels = torch.zeros(2000, 1, 16, 16, dtype=torch.uint8)
+    erased = Augment(erase=1.0)(pixels, torch.arange(2000), seed=0, view=0)
+    assert bool((erased == 127).any(0).all())
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
+def test_erasing_has_the_probability_that_was_asked_for(probability: float) -> None:
+    pixels = torch.zeros(4000, 1, 16, 16, dtype=torch.uint8)
+    erased = Augment(erase=probability)(pixels, torch.arange(4000), seed=0, view=0)
+    share = float(erased.flatten(1).any(1).double().mean())
+    assert abs(share - probability) <= 4 * (probability * (1 - probability) / 4000) ** 0.5
+
+
+def test_whether_a_box_is_erased_does_not_depend_on_where_the_zoom_looks() -> None:
+    # A horizontal ramp without 127: its mean tells where the zoom looked, 127 whether it erased.
+    ramp = (torch.arange(32) * 3).to(torch.uint8).expand(3000, 1, 32, 32)
+    rows = torch.arange(3000)
+    looked = Augment(zoom=0.3)(ramp, rows, seed=0, view=0).double().mean((1, 2, 3))
+    both = Augment(zoom=0.3, erase=0.5)(ramp, rows, seed=0, view=0)
+    erased = (both == 127).flatten(1).any(1).double()
+    assert abs(float(torch.corrcoef(torch.stack([looked, erased]))[0, 1])) < 4 / 3000**0.5
+
+
+def test_uniforms_lie_in_the_unit_interval_and_fill_it_evenly() -> None:
+    values = uniforms(torch.arange(10_000), 8, seed=3, view=1)
+    assert values.shape == (10_000, 8)
+    assert values.dtype == torch.float64
+    assert float(values.min()) >= 0
+    assert float(values.max()) < 1
+    counts = torch.histc(values, 16, 0, 1)
+    expected = values.numel() / 16
+    # 99.99 % of a chi squared variable with 15 degrees of freedom lie below 44.3.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 44.3
+    assert float((torch.corrcoef(values.T) - torch.eye(8)).abs().max()) < 5 / 100
+
+
+def test_uniforms_of_neighbouring_samples_views_and_seeds_are_unrelated() -> None:
+    rows = torch.arange(10_000)
+    base = uniforms(rows, 1, seed=0, view=0).flatten()
+    others = [
+        uniforms(rows + 1, 1, seed=0, view=0).flatten(),
+        uniforms(rows, 1, seed=0, view=1).flatten(),
+        uniforms(rows, 1, seed=1, view=0).flatten(),
+    ]
+    for other in others:
+        assert abs(float(torch.corrcoef(torch.stack([base, other]))[0, 1])) < 5 / 100
+
+
+def test_uniforms_exist_for_the_largest_identities_and_seeds() -> None:
+    rows = torch.tensor([0, 2**31, 2**62, 2**63 - 1])
+    values = uniforms(rows, 4, seed=2**63 - 1, view=2**31)
+    assert bool(((values >= 0) & (values < 1)).all())
+    assert len(values.unique()) == 16
+
+
+def test_the_first_uniforms_do_not_depend_on_how_many_are_drawn() -> None:
+    rows = torch.arange(50)
+    few, many = uniforms(rows, 2, seed=0, view=0), uniforms(rows, 10, seed=0, view=0)
+    assert torch.equal(few, many[:, :2])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"crop": -1}, {"zoom": 0.0}, {"zoom": 1.5}, {"erase": 1.1}, {"rotate": 3}], ids=str
+)
+def test_what_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Augment.model_validate(wrong)

@@ -1,0 +1,323 @@
+"""The report: what is in it, that it is safe, and that a browser shows it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from limbeck.errors import UserError
+from limbeck.report import page
+from limbeck.report.classification import confusion, most_changed, reliability
+from limbeck.report.figures import panel, spread
+from limbeck.training.run import Run
+
+EVIL = '<script>alert("1")</script>'
+EVERYTHING = [
+    "table",
+    "curves",
+    "cost",
+    "agreement",
+    "calibration",
+    "confusion",
+    "examples",
+    "audit",
+    "recipe",
+    "environment",
+]
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the text inside each kind of them."""
+
+    VOID = ("meta", "link", "img", "br", "hr", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, str] = {}
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in self._open:
+            self.text[tag] = self.text.get(tag, "") + data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def sections(self) -> list[str | None]:
+        return [section["id"] for section in self.all("section")]
+
+
+def read(run: Run) -> Page:
+    return Page(page.write(run).read_text(encoding="utf-8"))
+
+
+def change(run: Run, **facts: Any) -> None:
+    path = run.path / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def test_a_finished_run_has_all_sections_in_order(finished):
+    found = read(finished)
+    assert found.sections == EVERYTHING
+    assert "kd on digits" in re.sub(r"\s+", " ", found.text["h1"])
+    assert "Not decided: the distilled student differs" in found.text["p"]
+    for said in ("teacher", "plain student", "distilled student", "20.41 k", "4.21 ms"):
+        assert said in found.text["table"]
+    assert "62.0 %" in found.text["table"]
+    assert "system: kd" in found.text["pre"]
+    assert "torch" in found.text["table"]
+
+
+def test_every_figure_says_what_it_shows_and_how_to_read_it(finished):
+    found = read(finished)
+    assert len(found.all("figcaption")) == len(found.all("figure")) > 6
+    panels = [d for d in found.all("div") if d.get("class") == "panel"]
+    assert len(panels) == len(found.all("svg")) > 8
+    assert all(p["role"] == "img" and p["aria-label"] for p in panels)
+    assert all(i["alt"] for i in found.all("img"))
+
+
+def test_the_page_holds_everything_it_shows(finished):
+    text = page.write(finished).read_text(encoding="utf-8")
+    assert not re.search(r"https?://", text.replace("http://www.w3.org/", "")), "outside address"
+    found = Page(text)
+    assert not found.all("script")
+    assert [link["href"] for link in found.all("link")] == ["data:,"]
+    assert all((i["src"] or "").startswith("data:image/png;base64,") for i in found.all("img"))
+    assert "@import" not in found.text["style"]
+    assert "url(" not in found.text["style"]
+
+
+def test_identifiers_are_unique_and_references_lead_somewhere(finished):
+    text = page.write(finished).read_text(encoding="utf-8")
+    names = [a["id"] for _, a in Page(text).tags if "id" in a]
+    assert len(names) == len(set(names))
+    wanted = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    assert wanted <= set(names)
+
+
+def test_the_page_reads_in_light_and_dark(finished):
+    text = page.write(finished).read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark" in text
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
+    assert "currentColor" in drawings
+    assert "var(--student)" in drawings
+    assert not re.search(r"#[0-9a-f]{6}\b", drawings), "a colour that does not follow the reader's"
+
+
+def test_the_same_run_makes_the_same_page(finished):
+    assert page.write(finished).read_bytes() == page.write(finished).read_bytes()
+
+
+def test_what_a_run_holds_never_becomes_markup(make_run, tmp_path):
+    classes = (EVIL, '"><img src=x onerror=alert(2)>', "a & b", "$x^2$", "bell\x07")
+    run = make_run(tmp_path / "run", classes=classes, data=f"/data/{EVIL}", recipe={"note": EVIL})
+    with (run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        entry = {"phase": EVIL, "seed": 0, "epoch": 1.0, "step": 1}
+        file.write(json.dumps({**entry, "terms": {EVIL: 1.0}}) + "\n")
+        file.write(json.dumps({**entry, "validation": {"accuracy": 0.5}}) + "\n")
+        audit = {"values": {EVIL: 1.0}, "gradient_share": {EVIL: 1.0}}
+        file.write(json.dumps({**entry, "audit": audit}) + "\n")
+    found = read(run)
+    assert not found.all("script")
+    assert not [a for _, attributes in found.tags for a in attributes if a.startswith("on")]
+    assert all((i["src"] or "").startswith("data:") for i in found.all("img"))
+    for place in ("title", "h1", "pre", "td", "dd"):
+        assert EVIL in found.text[place], place
+    assert "<script>" in found.text["svg"], "the class is named in the figure, as text"
+    assert "$x^2$" in found.text["svg"], "a name is no formula"
+
+
+@pytest.mark.parametrize(
+    ("keys", "section"),
+    [
+        (("agreement",), "agreement"),
+        (("parameters", "latency_ms"), "cost"),
+    ],
+)
+def test_a_section_without_its_facts_is_left_out(make_run, tmp_path, keys, section):
+    run = make_run(tmp_path / "run")
+    change(run, **dict.fromkeys(keys))
+    assert read(run).sections == [s for s in EVERYTHING if s != section]
+
+
+def test_without_predictions_metrics_and_environment_the_rest_stands(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    for name in ("predictions.safetensors", "metrics.jsonl", "environment.json"):
+        (run.path / name).unlink()
+    found = read(Run.open(run.path))
+    assert found.sections == ["table", "cost", "agreement", "recipe"]
+
+
+def test_without_images_there_are_no_examples(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run.path / "predictions.safetensors"
+    kept = {k: v for k, v in load_file(path).items() if not k.startswith("example")}
+    save_file(kept, path)
+    found = read(run)
+    assert found.sections == [s for s in EVERYTHING if s != "examples"]
+
+
+def test_another_task_has_the_sections_that_all_have(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    change(run, task="another")
+    assert not {"calibration", "confusion", "examples"} & set(read(run).sections)
+
+
+def test_a_model_trained_alone_is_compared_with_nothing(make_run, tmp_path):
+    found = read(make_run(tmp_path / "run", roles=("student",)))
+    assert found.sections == ["table", "curves", "calibration", "audit", "recipe", "environment"]
+    assert "model" in found.text["table"]
+    text = " ".join(found.text.values())
+    assert "distilled" not in text
+    assert "decided" not in text
+
+
+def test_seeds_are_drawn_together_and_named(make_run, tmp_path):
+    found = read(make_run(tmp_path / "run", seeds=3))
+    assert "seeds 0, 1, 2" in found.text["p"]
+    assert "one thin line a seed" in found.text["figcaption"]
+    assert found.text["svg"].count("distilled student: kd") == 1
+    assert "@" not in found.text["svg"]
+
+
+def test_a_long_training_makes_no_heavy_page(make_run, tmp_path):
+    run = make_run(tmp_path / "run", roles=("student",))
+    for step in range(20_000):
+        run.log({"phase": "student", "epoch": step / 100, "step": step, "terms": {"loss": 1.0}})
+    assert page.write(run).stat().st_size < 200_000
+
+
+def test_values_that_are_not_finite_do_not_stop_the_report(make_run, tmp_path):
+    run = make_run(tmp_path / "run", roles=("student",))
+    run.log({"phase": "student", "epoch": 9.0, "step": 99, "terms": {"loss": float("nan")}})
+    assert "curves" in read(run).sections
+
+
+def test_an_unfinished_run_has_no_report(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    (run.path / "result.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        page.write(run)
+
+
+def test_colour_images_and_large_ones_are_shown(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run.path / "predictions.safetensors"
+    tensors = load_file(path)
+    number = len(tensors["example_positions"])
+    tensors["example_images"] = torch.randint(256, (number, 3, 300, 200), dtype=torch.uint8)
+    save_file(tensors, path)
+    images = read(run).all("img")
+    assert images
+    assert all(i.get("class") != "small" for i in images)
+    assert path.stat().st_size > (run.path / "report.html").stat().st_size
+
+
+def test_the_calibration_error_is_the_weighted_gap():
+    # Two samples at 0.95, one right: gap 0.45; two at 0.65, both right: gap 0.35; mean 0.40.
+    sure, unsure = [0.95, 0.05], [0.65, 0.35]
+    found = reliability(np.array([sure, sure, unsure, unsure]), np.array([0, 1, 0, 0]))
+    assert found.share.tolist() == [0.5, 0.5]
+    assert found.accuracy.tolist() == [1.0, 0.5]
+    assert found.error == pytest.approx(0.40)
+
+
+def test_a_confusion_has_a_row_of_shares_for_each_true_class():
+    found = confusion(np.array([0, 1, 1, 1, 2]), np.array([0, 0, 1, 1, 1]), 4)
+    third = pytest.approx(1 / 3)
+    assert found[0].tolist() == [0.5, 0.5, 0, 0]
+    assert found[1].tolist() == [0, pytest.approx(2 / 3), third, 0]
+    assert not found[2:].any()
+
+
+def test_the_most_changed_classes_keep_their_order():
+    difference = np.diag([0.1, 0.5, 0.0, -0.4])
+    assert most_changed(difference, 2).tolist() == [1, 3]
+    assert len(most_changed(np.eye(50))) == 20
+
+
+def test_labels_move_apart_as_little_as_they_can():
+    assert spread([0.9, 0.1, 0.5], 0.2) == [0.9, 0.1, 0.5]
+    assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_text_in_a_drawing_is_escaped():
+    drawn = panel("x", "label", lambda axes: axes.set_title("<b>&amp;"))
+    assert html.escape("<b>&amp;") in drawn.svg
+
+
+CHECK = """
+<script>
+addEventListener("load", () => {
+  const images = [...document.images], drawings = [...document.querySelectorAll("figure svg")];
+  const shown = drawings.filter(d => d.getBBox().width > 0 && d.getBBox().height > 0);
+  const wide = document.documentElement.scrollWidth > innerWidth;
+  // Text is cut where it leaves its drawing.
+  const cut = [...document.querySelectorAll("figure svg text")].filter(t => {
+    const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
+    return Math.min(a.left - b.left, b.right - a.right, a.top - b.top, b.bottom - a.bottom) < -1;
+  }).map(t => t.textContent);
+  document.title = JSON.stringify({
+    images: images.length, loaded: images.filter(i => i.naturalWidth > 0).length,
+    drawings: drawings.length, shown: shown.length, wide, cut,
+  });
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no Chromium at /usr/bin/chromium")
+@pytest.mark.parametrize("width", [1280, 500])  # windows do not get narrower than 500 pixels
+def test_a_browser_shows_all_of_it_and_complains_of_nothing(finished, tmp_path, width):
+    text = page.write(finished).read_text(encoding="utf-8")
+    copy = tmp_path / "report.html"
+    copy.write_text(text.replace("</body>", CHECK + "</body>"), encoding="utf-8")
+    flags = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        f"disable-component-update disable-sync enable-logging=stderr v=0 window-size={width},900 "
+        f"user-data-dir={tmp_path / 'profile'} dump-dom"
+    )
+    done = subprocess.run(
+        [CHROMIUM, *(f"--{flag}" for flag in flags.split()), copy.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    shutil.rmtree(tmp_path / "profile", ignore_errors=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
+    assert title, done.stderr[-2000:]
+    found = json.loads(html.unescape(title[1]))
+    assert found["images"] == found["loaded"] > 0
+    assert found["drawings"] == found["shown"] > 8
+    assert not found["wide"], "the page scrolls sideways"
+    assert found["cut"] == []
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]

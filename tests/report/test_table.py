@@ -1,0 +1,46 @@
+"""The table of results."""
+
+from limbeck.report.table import as_markdown, rows
+
+RESULT = {
+    "metric": {"name": "accuracy", "higher_is_better": True},
+    "teacher": 0.98,
+    "baseline": 0.93,
+    "student": 0.95,
+    "agreement": {"baseline": 0.9, "student": 0.951},
+    "parameters": {"teacher": 1_250_000, "baseline": 20_410, "student": 950},
+    "bytes": {"teacher": 5_000_000, "baseline": 81_640, "student": 81_640},
+    "latency_ms": {"teacher": {"p50": 4.214}, "student": {"p50": 1.1}},
+}
+
+
+def test_each_network_has_a_row_and_each_known_fact_a_column():
+    headings, lines = rows(RESULT)
+    assert headings == ["", "accuracy", "agreement", "parameters", "size", "latency"]
+    assert lines == [
+        ["teacher", "98.00 %", "", "1.25 M", "5.00 MB", "4.21 ms"],
+        ["plain student", "93.00 %", "90.00 %", "20.41 k", "0.08 MB", ""],
+        ["distilled student", "95.00 %", "95.10 %", "950", "0.08 MB", "1.10 ms"],
+    ]
+
+
+def test_several_seeds_show_their_mean_and_interval():
+    # 0.90 and 0.92: mean 0.91, standard error 0.01, and t with one degree of freedom is 12.706.
+    seeds = [{"seed": 0, "student": 0.90}, {"seed": 1, "student": 0.92}]
+    _, lines = rows({**RESULT, "seeds": seeds})
+    assert lines[2][1] == "91.00 % ± 12.71 %"
+
+
+def test_a_model_trained_alone_is_a_model():
+    alone = {"metric": {"name": "accuracy"}, "teacher": None, "student": 0.5, "agreement": None}
+    assert rows(alone) == (["", "accuracy"], [["model", "50.00 %"]])
+
+
+def test_other_metrics_than_accuracy_are_plain_numbers():
+    _, lines = rows({"metric": {"name": "loss"}, "student": 1.23456})
+    assert lines == [["model", "1.2346"]]
+
+
+def test_markdown_has_a_ruler_under_the_headings():
+    text = as_markdown({"metric": {"name": "accuracy"}, "student": 0.5})
+    assert text.splitlines() == ["|  | accuracy |", "| --- | ---: |", "| model | 50.00 % |"]

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch import nn
+
+from limbeck.errors import UserError
+from limbeck.tasks.classification import Classification
+from limbeck.training.network import Network
+from limbeck.training.teacher import Teacher
+
+TASK = Classification(["a", "b", "c"])
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout())
+
+
+def batch(n: int = 6) -> dict[str, torch.Tensor]:
+    return {"image": torch.randn(n, 1, 2, 2), "label": torch.zeros(n, dtype=torch.int64)}
+
+
+def test_a_parents_train_does_not_wake_the_teacher():
+    parent = nn.Module()
+    parent.teacher = Teacher(net())
+    parent.train()
+    assert not any(m.training for m in parent.teacher.networks[0].modules())
+
+
+def test_a_teacher_woken_behind_its_back_sleeps_again_when_it_answers():
+    model = net()
+    teacher, x = Teacher(model), batch()
+    before = model[2].running_mean.clone()
+    model.train()
+    first, second = teacher(TASK, x)["logits"], teacher(TASK, x)["logits"]
+    assert torch.equal(first, second)
+    assert torch.equal(model[2].running_mean, before)
+
+
+def test_a_teacher_is_in_no_state_dict_and_has_no_parameters_to_train():
+    parent = nn.Module()
+    parent.teacher = Teacher(net())
+    assert not parent.state_dict()
+    assert not list(parent.parameters())
+    assert not any(p.requires_grad for p in parent.teacher.networks[0].parameters())
+
+
+def test_a_teacher_follows_to_another_dtype_and_device():
+    teacher = Teacher(net()).to(torch.float64)
+    assert teacher.networks[0].model[1].weight.dtype == torch.float64
+    assert Teacher(net()).to("meta").networks[0].model[1].weight.is_meta
+
+
+def test_answers_carry_no_gradient():
+    assert not Teacher(net())(TASK, batch())["logits"].requires_grad
+
+
+def test_the_mean_of_probabilities_and_of_logits_are_two_targets():
+    one, two, x = net(1), net(2), batch()
+    members = [Teacher(m)(TASK, x)["logits"].double() for m in (one, two)]
+    weights = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    arithmetic = sum(w * m.softmax(1) for w, m in zip(weights, members, strict=True))
+    geometric = sum(w * m for w, m in zip(weights, members, strict=True))
+    by_probabilities = Teacher([one, two], weights=[3, 1])(TASK, x)
+    by_logits = Teacher([one, two], weights=[3, 1], mean="logits")(TASK, x)
+    assert torch.allclose(by_probabilities["logits"].double().softmax(1), arithmetic, atol=1e-6)
+    assert torch.allclose(by_logits["logits"].double(), geometric, atol=1e-6)
+    assert len(by_probabilities.members) == 2
+    assert not by_logits.members
+
+
+def test_a_column_says_which_teacher_answers():
+    one, two, x = net(1), net(2), batch(4)
+    x["who"] = torch.tensor([0, 1, 1, 0])
+    routed = Teacher([one, two], route="who")(TASK, x)["logits"]
+    a, b = (Teacher(m)(TASK, x)["logits"] for m in (one, two))
+    assert torch.equal(routed, torch.stack([a[0], b[1], b[2], a[3]]))
+    with pytest.raises(UserError, match="no 'who'"):
+        Teacher([one, two], route="who")(TASK, batch())
+
+
+def test_mistakes_are_one_sentence():
+    with pytest.raises(UserError, match="at least one network"):
+        Teacher([])
+    with pytest.raises(UserError, match="2 teachers need 2 positive weights"):
+        Teacher([net(), net()], weights=[1])
+    with pytest.raises(UserError, match="cannot be averaged; give one teacher"):
+        Teacher([net(), net()]).tap(["1"])
+    with pytest.raises(UserError, match="not 'median'"):
+        Teacher(net(), mean="median")  # type: ignore[arg-type]
+
+
+def test_plain_modules_are_wrapped():
+    network = Network(net())
+    assert Teacher(network).networks[0] is network
+    assert isinstance(Teacher(net()).networks[0], Network)

@@ -1,0 +1,288 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from limbeck.data.augment import Augment
+from limbeck.data.batches import ImageBatches
+from limbeck.data.data import ResidentImages, Split
+from limbeck.errors import UserError
+from limbeck.training.phases import Fit, Solve, Training, Update
+from limbeck.training.progress import Voice
+from limbeck.training.run import Run
+from limbeck.training.trainer import Engine, Interrupted, Trainer
+
+QUICK = Engine(device="cpu", checkpoint_seconds=0.0, log_every=3)
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing catches it, nothing is tidied up."""
+
+
+def split(n: int = 40) -> Split:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (n, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    return Split("train", ResidentImages(pixels), torch.arange(n) % 3)
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)
+        )
+
+
+def batches(n: int = 40, size: int = 16) -> ImageBatches:
+    return ImageBatches(split(n), size, seed=5, train=True, augment=Augment(crop=1, flip=True))
+
+
+def phases(parts: dict[str, nn.Module], poison: int | None = None, **settings):
+    """A supervised fit, a solve that changes a weight, and a fit of two updates in turn."""
+    calls = {"n": 0}
+
+    def labels(model):
+        def terms(batch):
+            calls["n"] += 1
+            if calls["n"] == poison:
+                raise Killed
+            return {"labels": nn.functional.cross_entropy(model(batch["image"]), batch["label"])}
+
+        return terms
+
+    def rival(batch):
+        target = parts["a"](batch["image"]).detach()
+        return {"match": (parts["b"](batch["image"]) - target).square().mean()}
+
+    training = Training(lr=0.05, epochs=3, **settings)
+
+    def double(journal):
+        def work():
+            return parts["a"][1].weight.detach() * 2
+
+        with torch.no_grad():
+            parts["a"][1].weight.copy_(journal.remember("doubled", work))
+        return {"norm": float(parts["a"][1].weight.norm())}
+
+    yield Fit(
+        name="first",
+        seed=3,
+        updates=[Update(train={"a": parts["a"]}, terms=labels(parts["a"]), settings=training)],
+        batches=batches(),
+        epochs=3,
+        evaluate=lambda: {"weight": float(parts["a"][1].weight.sum())},
+    )
+    found = yield Solve(name="double", seed=3, run=double, writes={"a": parts["a"]})
+    parts["norm"] = found["norm"]
+    yield Fit(
+        name="second",
+        seed=3,
+        updates=[
+            Update(name="rival", train={"b": parts["b"]}, terms=rival, settings=training),
+            Update(
+                name="own", train={"a": parts["a"]}, terms=labels(parts["a"]), settings=training
+            ),
+        ],
+        batches=batches(),
+        epochs=3,
+    )
+
+
+def train(path: Path, engine: Engine = QUICK, poison: int | None = None, **settings):
+    run = Run.open(path) if (path / "recipe.yaml").exists() else Run.create(path, {"test": True})
+    parts = {"a": net(1), "b": net(2)}
+    Trainer(run, engine, Voice(quiet=True)).work(phases(parts, poison, **settings))
+    return parts, run
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, optimiser):
+    parts, run = train(tmp_path / "whole", optimiser=optimiser)
+    for number, poison in enumerate((2, 4, 6, 9, 12, 15, 18)):
+        path = tmp_path / f"killed-{number}"
+        with pytest.raises(Killed):
+            train(path, poison=poison, optimiser=optimiser)
+        again, resumed = train(path, optimiser=optimiser)
+        assert same(parts["a"], again["a"])
+        assert same(parts["b"], again["b"])
+        assert again["norm"] == parts["norm"]
+        assert resumed.metrics() == run.metrics()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    parts, _ = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", poison=7)
+    newest = sorted((tmp_path / "killed" / "checkpoints").iterdir())[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    again, _ = train(tmp_path / "killed")
+    assert same(parts["a"], again["a"])
+
+
+def test_when_no_checkpoint_is_whole_the_run_says_so(tmp_path):
+    with pytest.raises(Killed):
+        train(tmp_path, poison=7)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, status):
+    parts, _ = train(tmp_path / "whole")
+
+    class Signalled(Voice):
+        def step(self, done, terms=None, samples=0):
+            if done == 4:
+                os.kill(os.getpid(), number)
+
+    run = Run.create(tmp_path / "stopped", {"test": True})
+    stopped = {"a": net(1), "b": net(2)}
+    slow = QUICK.model_copy(update={"checkpoint_seconds": 1e9})
+    with pytest.raises(Interrupted, match=r"limbeck resume .*stopped") as caught:
+        Trainer(run, slow, Signalled(quiet=True)).work(phases(stopped))
+    assert caught.value.status == status
+    again, _ = train(tmp_path / "stopped")
+    assert same(parts["a"], again["a"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path):
+    model = net()
+    steps = {"n": 0}
+
+    def terms(batch):
+        steps["n"] += 1
+        good = model(batch["image"]).square().mean()
+        return {"fine": good, "odd": good * (float("nan") if steps["n"] > 5 else 1.0)}
+
+    fit = Fit(
+        name="fit",
+        updates=[Update(train={"m": model}, terms=terms, settings=Training())],
+        batches=batches(),
+        epochs=9,
+    )
+    run = Run.create(tmp_path / "run", {"test": True})
+    engine = QUICK.model_copy(update={"checkpoint_seconds": 1e9})
+    # the audit of the first batch calls the terms once before step 1
+    with pytest.raises(UserError, match="'odd' became NaN or infinite at step 5 of phase 'fit'"):
+        Trainer(run, engine, Voice(quiet=True)).work(iter_phases(fit))
+
+
+def iter_phases(*items):
+    yield from items
+
+
+def test_slices_of_a_batch_add_up_to_the_whole(tmp_path):
+    def linear(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    ends = []
+    for slices in (1, 3):
+        model = linear(0)
+        settings = Training(lr=0.1, accumulate=slices, clip_norm=0.5)
+        fit = Fit(
+            name="fit",
+            updates=[
+                Update(
+                    train={"m": model},
+                    terms=lambda b, model=model: {
+                        "labels": nn.functional.cross_entropy(model(b["image"]), b["label"])
+                    },
+                    settings=settings,
+                )
+            ],
+            batches=batches(),
+            epochs=2,
+        )
+        run = Run.create(tmp_path / str(slices), {"test": True})
+        Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit))
+        ends.append(model[1].weight.detach().clone())
+    assert torch.allclose(ends[0], ends[1], atol=1e-6)
+    assert not torch.equal(ends[0], linear(0)[1].weight)
+
+
+def test_an_update_leaves_alone_what_another_owns(tmp_path):
+    a, b = net(1), net(2)
+    frozen = {k: v.clone() for k, v in b.named_parameters()}
+
+    def through_both(batch):
+        return {"loss": (a(batch["image"]) + b(batch["image"])).square().mean()}
+
+    updates = [
+        Update(name="a", train={"a": a}, terms=through_both, settings=Training(lr=0.1)),
+        Update(
+            name="b",
+            train={"b": b},
+            terms=lambda batch: {"zero": 0.0 * b(batch["image"]).sum()},
+            settings=Training(weight_decay=0.0),
+        ),
+    ]
+    run = Run.create(tmp_path / "run", {"test": True})
+    fit = Fit(name="fit", updates=updates, batches=batches(), epochs=1)
+    Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit))
+    assert all(torch.equal(v, frozen[k]) for k, v in b.named_parameters())
+    assert all(p.requires_grad for p in b.parameters())
+
+
+def test_the_best_state_on_validation_data_is_kept_when_asked(tmp_path):
+    model = net()
+    values = iter([0.1, 0.9, 0.3])
+    states = []
+
+    def evaluate():
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"accuracy": next(values)}
+
+    fit = Fit(
+        name="fit",
+        updates=[
+            Update(
+                train={"m": model},
+                terms=lambda b: {"l": nn.functional.cross_entropy(model(b["image"]), b["label"])},
+                settings=Training(),
+            )
+        ],
+        batches=batches(),
+        epochs=3,
+        evaluate=evaluate,
+        select="best",
+        keep=[2],
+    )
+    run = Run.create(tmp_path / "run", {"test": True})
+    Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit))
+    assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
+    assert (run.path / "phases" / "000-fit.epoch-2").is_file()
+
+
+def test_the_first_batch_is_audited_and_nothing_is_changed_by_it(tmp_path):
+    _, run = train(tmp_path)
+    audit = run.metrics()[0]["audit"]
+    assert audit["gradient_share"] == {"labels": 1.0}
+    assert audit["bytes"]["activations"] > 0
+    assert json.loads(json.dumps(audit)) == audit
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path):
+    run = Run.create(tmp_path / "run", {"test": True})
+    with (
+        run.held(),
+        pytest.raises(UserError, match="another process is training"),
+        Run.open(run.path).held(),
+    ):
+        pass
+    with run.held():
+        pass
