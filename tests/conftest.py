@@ -1,0 +1,27 @@
+"""What the tests of every part share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# Small passes are faster on one thread, by far so where processors are shared.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """The folder of a real data set in ``LIMBECK_DATA`` or ``../shared/data``; skips if absent."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("LIMBECK_DATA") or beside)
+
+    def find(name: str) -> Path:
+        if not (root / name).is_dir():
+            pytest.skip(f"no {name} in {root}; LIMBECK_DATA may name a folder that has it")
+        return root / name
+
+    return find

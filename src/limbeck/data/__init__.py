@@ -1,7 +1,16 @@
 """Data sets: sources, splits, augmentation, batches."""
 
 from limbeck.data.data import Data, ResidentImages, Split
-from limbeck.data.sources import kind_of, load, read_image
+from limbeck.data.sources import kind_of, load, read_image, unlabelled
 from limbeck.data.splits import transfer
 
-__all__ = ["Data", "ResidentImages", "Split", "kind_of", "load", "read_image", "transfer"]
+__all__ = [
+    "Data",
+    "ResidentImages",
+    "Split",
+    "kind_of",
+    "load",
+    "read_image",
+    "transfer",
+    "unlabelled",
+]

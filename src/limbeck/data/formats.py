@@ -23,6 +23,8 @@ from torch import Tensor
 from limbeck.data.images import decode, decode_all, facts
 from limbeck.errors import UserError, did_you_mean
 
+_MEMBER = 2**30  # no official archive holds a file of this size
+
 Pool = tuple[Tensor, Tensor | None]
 """Pixels (N, C, H, W) uint8 and labels (N,) int64, if any."""
 
@@ -45,13 +47,13 @@ def read_idx(path: Path) -> Tensor:
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     if len(raw) < start:
         raise UserError(f"{path} ends within its header")
+    if not shape or 0 in shape:
+        raise UserError(f"{path} holds no data")
     if len(raw) - start != math.prod(shape):
         raise UserError(
             f"{path} announces {' x '.join(map(str, shape))} bytes in its header but holds "
             f"{len(raw) - start:,}"
         )
-    if not shape or not math.prod(shape):
-        raise UserError(f"{path} holds no data")
     return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(shape)
 
 
@@ -119,6 +121,8 @@ class _ArraysOnly(pickle.Unpickler):
         {
             ("numpy.core.multiarray", "_reconstruct"),
             ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy.core.numeric", "_frombuffer"),
+            ("numpy._core.numeric", "_frombuffer"),
             ("numpy", "ndarray"),
             ("numpy", "dtype"),
             ("_codecs", "encode"),
@@ -154,6 +158,8 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
                 inside = PurePosixPath(member.name)
                 if ".." in inside.parts or inside.is_absolute():
                     raise UserError(f"{path} holds {member.name!r}, which climbs out of it")
+                if member.size > _MEMBER:
+                    raise UserError(f"{path} holds {member.name!r} of {member.size:,} bytes")
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None:
                     yield str(path / inside), content.read()

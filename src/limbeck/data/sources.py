@@ -14,7 +14,7 @@ from limbeck.data import formats
 from limbeck.data.data import Data, ResidentImages, Split
 from limbeck.data.folder import read_folder
 from limbeck.data.images import decode
-from limbeck.data.splits import split_off_test, split_off_validation
+from limbeck.data.splits import sample, split_off_test, split_off_validation
 from limbeck.errors import UserError, did_you_mean
 
 KINDS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "parquet", "hf")
@@ -22,7 +22,6 @@ KINDS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "p
 _FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot"
 _FINE_NAMES = ("classes.txt", "batches.meta.txt", "fine_label_names.txt")
 _COARSE_NAMES = ("coarse_classes.txt", "coarse_label_names.txt")
-_KINDS_OF_LABEL = ("fine", "coarse", "fine_label", "coarse_label")
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
@@ -47,7 +46,7 @@ def load(
         UserError: the source does not exist or cannot be read; the sentence names the file.
 
     >>> load("digits").describe()
-    'digits: 1,295 train, 142 validation, 360 test images, 10 classes, grey, 8 x 8'
+    'digits: 1,295 train, 143 validation, 359 test images, 10 classes, grey, 8 x 8'
     """
     if not 0 <= validation < 1:
         raise UserError(f"the validation share lies in [0, 1), not at {validation}")
@@ -61,6 +60,14 @@ def load(
             )
         pools = _READERS[kind](path, size, label)
     return _finish(source, kind, pools, validation)
+
+
+def unlabelled(source: str, size: tuple[int, int]) -> Split:
+    """All images of a source as one split without labels."""
+    with _readable(source):
+        kind, path = _parse(source)
+        splits = list(_READERS[kind](path, size, None).splits.values())
+    return Split("unlabelled", splits[0].images, None, torch.cat([s.rows for s in splits]))
 
 
 def kind_of(source: str) -> str:
@@ -194,7 +201,12 @@ def _finish(source: str, kind: str, pools: _Pools, validation: float) -> Data:
                 "occur in training; number the classes from 0"
             )
         classes = tuple(str(c) for c in range(high + 1))
-    if train.labels is not None and len(train.labels.unique()) < 2:
+    if train.labels is None:
+        raise UserError(
+            f"{source} has no labels; name it with --set data.unlabelled={source} beside a "
+            "labelled source to measure on"
+        )
+    if len(train.labels.unique()) < 2:
         raise UserError(f"{source} has samples of one class only; a classifier needs two or more")
     mean, std = _statistics(train)
     size = train.images.size
@@ -203,13 +215,12 @@ def _finish(source: str, kind: str, pools: _Pools, validation: float) -> Data:
 
 
 def _statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation a channel, of at most 10,000 training images, white being 1."""
-    rows = train.rows[:: max(1, -(-len(train) // 10_000))]
+    """Mean and deviation a channel, white being 1, of at most 10,000 training images."""
+    # Not every n-th sample: a set may alternate, as MNIST does between its two sources.
     if isinstance(train.images, ResidentImages):
-        pixels = train.images.pixels[rows]
+        pixels = train.images.pixels[sample(train, 10_000).rows]
     else:
-        few = rows[:: max(1, len(rows) // 500)]
-        pixels = torch.stack([train.images.read(int(r)) for r in few])
+        pixels = torch.stack([train.images.read(int(r)) for r in sample(train, 500).rows])
     flat = pixels.transpose(0, 1).flatten(1).double() / 255
     mean, std = flat.mean(1), flat.std(1).clamp(min=1e-3)
     return tuple(round(float(x), 6) for x in mean), tuple(round(float(x), 6) for x in std)
@@ -280,22 +291,24 @@ def _cifar(kind: str) -> Callable[[Path | None, tuple[int, int] | None, str | No
         folder = _existing(path, kind) if path else _downloaded(kind)
         if folder.suffix == ".parquet" or (folder.is_dir() and any(folder.glob("*.parquet"))):
             return _parquet(folder, size, label)
-        coarse = None if kind == "cifar10" else label in ("coarse", "coarse_label")
-        if label is not None and (coarse is None or label not in _KINDS_OF_LABEL):
-            known = (
-                "one kind of label"
-                if coarse is None
-                else f"the labels {' and '.join(_KINDS_OF_LABEL[:2])}"
-            )
-            raise UserError(f"{folder} has {known}, not {label!r}")
+        kinds = ("fine", "coarse") if kind == "cifar100" else ()
+        wanted = (label or "").removesuffix("_label")
+        if wanted and wanted not in kinds:
+            known = f"{' and '.join(kinds)} labels" if kinds else "one kind of label"
+            raise UserError(f"{folder} has {known} and no {label!r}")
+        coarse = wanted == "coarse" if kinds else None
+        versions = set()
         parts: dict[str, list[formats.Pool]] = {"train": [], "test": []}
         for name, raw in formats.members(folder):
             file = Path(name).name
             if not re.fullmatch(r"(data_batch\w*|test_batch|train|test)(\.bin)?", file):
                 continue
+            versions.add(file.endswith(".bin"))
             decoder = formats.cifar_binary if file.endswith(".bin") else formats.cifar_pickle
             split = "test" if file.startswith("test") else "train"
             parts[split].append(decoder(raw, name, coarse))
+        if len(versions) > 1:
+            raise UserError(f"{folder} holds both the binary and the Python version; name one")
         pools = {split: _joined(found, size) for split, found in parts.items() if found}
         if not pools:
             raise UserError(

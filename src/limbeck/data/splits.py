@@ -11,7 +11,7 @@ from limbeck.data.augment import uniforms
 from limbeck.data.data import Split
 from limbeck.errors import UserError
 
-_TEST, _VALIDATION, _SUBSET = 11, 12, 13
+_TEST, _VALIDATION, _SUBSET, _SAMPLE = 11, 12, 13, 14
 
 
 def hold_out(split: Split, fraction: float, name: str, purpose: int) -> tuple[Split, Split]:
@@ -35,6 +35,12 @@ def split_off_validation(train: Split, fraction: float) -> tuple[Split, Split]:
 def split_off_test(pool: Split, fraction: float = 0.2) -> tuple[Split, Split]:
     """Training and test split out of a pool of samples."""
     return hold_out(pool, fraction, "test", _TEST)
+
+
+def sample(split: Split, most: int) -> Split:
+    """At most so many samples of a split, chosen by their identities, in its order."""
+    order = uniforms(split.rows, 1, seed=_SAMPLE, view=0).flatten().argsort(stable=True)
+    return split.subset(order[:most].sort().values)
 
 
 def _lowest(split: Split, fraction: float, purpose: int, spared: int = 0) -> Tensor:
