@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from limbeck.errors import UserError
@@ -275,6 +276,32 @@ def test_text_in_a_drawing_is_escaped():
     assert html.escape("<b>&amp;") in drawn.svg
 
 
+def test_several_teachers_are_told_apart_in_the_same_colour(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    for number in (1, 2, 3):
+        for epoch in (1, 2):
+            place = {"phase": f"teacher-{number}", "seed": 0, "epoch": epoch, "step": epoch}
+            run.log({**place, "validation": {"accuracy": 0.9 + number / 100}})
+    text = page.write(run).read_text(encoding="utf-8")
+    drawing = re.findall(r"<svg.*?</svg>", text, re.S)[0]
+    strokes = [x for x in re.findall(r'style="([^"]*)"', drawing) if "var(--teacher)" in x]
+    dashes = {re.sub(r".*dasharray: ([^;]*).*|.*", r"\1", stroke) for stroke in strokes}
+    # One is solid; each of three is dashed at its own width in the plot and in the legend.
+    assert len(dashes) == 1 + 2 * 3
+    assert "var(--other)" not in drawing
+
+
+@pytest.mark.parametrize(
+    "facts", [{"latency_ms": {"teacher": None, "student": {}}}, {"seeds": None}]
+)
+def test_null_facts_do_not_stop_the_report(make_run, tmp_path, facts):
+    run = make_run(tmp_path / "run")
+    agreement = {"baseline": None, "student": 0.9}
+    change(run, **facts, agreement=agreement, seconds=None, verdict=None)
+    assert {"table", "cost", "agreement"} <= set(read(run).sections)
+
+
+# The page stands in a frame, since windows do not get as narrow as a phone, and tells it the facts.
 CHECK = """
 <script>
 addEventListener("load", () => {
@@ -286,38 +313,93 @@ addEventListener("load", () => {
     const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
     return Math.min(a.left - b.left, b.right - a.right, a.top - b.top, b.bottom - a.bottom) < -1;
   }).map(t => t.textContent);
-  document.title = JSON.stringify({
+  parent.postMessage(JSON.stringify({
     images: images.length, loaded: images.filter(i => i.naturalWidth > 0).length,
-    drawings: drawings.length, shown: shown.length, wide, cut,
-  });
+    drawings: drawings.length, shown: shown.length, wide, cut, width: innerWidth,
+  }), "*");
 });
 </script>
 """
+FRAME = """<!doctype html><body style="margin:0">
+<script>addEventListener("message", m => { document.title = m.data; });</script>
+<iframe src="report.html" style="border:0;width:WIDTHpx;height:6000px"></iframe>
+"""
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no Chromium at /usr/bin/chromium")
-@pytest.mark.parametrize("width", [1280, 500])  # windows do not get narrower than 500 pixels
-def test_a_browser_shows_all_of_it_and_complains_of_nothing(finished, tmp_path, width):
-    text = page.write(finished).read_text(encoding="utf-8")
-    copy = tmp_path / "report.html"
-    copy.write_text(text.replace("</body>", CHECK + "</body>"), encoding="utf-8")
-    flags = (
+def browse(folder: Path, text: str, width: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Open the page ``width`` pixels wide."""
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    frame = folder / "frame.html"
+    frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
+    always = (
         "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        f"disable-component-update disable-sync enable-logging=stderr v=0 window-size={width},900 "
-        f"user-data-dir={tmp_path / 'profile'} dump-dom"
+        f"disable-component-update disable-sync enable-logging=stderr v=0 hide-scrollbars "
+        f"virtual-time-budget=3000 window-size={max(width, 500)},6000 "
+        f"user-data-dir={folder / 'profile'}"
     )
-    done = subprocess.run(
-        [CHROMIUM, *(f"--{flag}" for flag in flags.split()), copy.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-    shutil.rmtree(tmp_path / "profile", ignore_errors=True)
+    try:
+        return subprocess.run(
+            [CHROMIUM, *(f"--{flag}" for flag in (*always.split(), *flags)), frame.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+    finally:
+        shutil.rmtree(folder / "profile", ignore_errors=True)
+
+
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def seen(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
     assert title, done.stderr[-2000:]
-    found = json.loads(html.unescape(title[1]))
+    found: dict[str, Any] = json.loads(html.unescape(title[1]))
+    return found
+
+
+needs_browser = pytest.mark.skipif(
+    not CHROMIUM.exists(), reason="there is no Chromium at /usr/bin/chromium"
+)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_all_of_it_and_complains_of_nothing(finished, tmp_path, width):
+    text = page.write(finished).read_text(encoding="utf-8")
+    done = browse(tmp_path, text.replace("</body>", CHECK + "</body>"), width, "dump-dom")
+    found = seen(done)
+    assert found["width"] == width
     assert found["images"] == found["loaded"] > 0
     assert found["drawings"] == found["shown"] > 8
     assert not found["wide"], "the page scrolls sideways"
     assert found["cut"] == []
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert complaints(done) == []
+
+
+@needs_browser
+def test_the_browser_would_have_told_of_a_fault(finished, tmp_path):
+    fault = '<img src="data:image/png;base64,AAAA"><p style="width:3000px">x</p>'
+    fault += '<script>console.error("planted")</script>'
+    text = page.write(finished).read_text(encoding="utf-8")
+    done = browse(tmp_path, text.replace("</body>", fault + CHECK + "</body>"), 390, "dump-dom")
+    found = seen(done)
+    assert found["images"] == found["loaded"] + 1
+    assert found["wide"]
+    assert "planted" in complaints(done)[0]
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_picture_on_the_screen_has_the_colours_of_the_page(finished, tmp_path, dark):
+    text = page.write(finished).read_text(encoding="utf-8")
+    text = text.replace("(prefers-color-scheme: dark)", "all" if dark else "not all")
+    shot = tmp_path / "shot.png"
+    browse(tmp_path, text, 1280, f"screenshot={shot}")
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert pixels[0].tolist() == ([0x14, 0x17, 0x1B] if dark else [0xFB, 0xFA, 0xF8])
+    student = [0x6D, 0xB5, 0xF7] if dark else [0x0A, 0x66, 0xB0]
+    # The student's curves, bars and points: a blank or colourless drawing has none of it.
+    assert (pixels == student).all(1).sum() > 2000

@@ -1,6 +1,10 @@
 """The table of results."""
 
-from limbeck.report.table import as_markdown, rows
+from io import StringIO
+
+from rich.console import Console
+
+from limbeck.report.table import as_markdown, as_rich, rows
 
 RESULT = {
     "metric": {"name": "accuracy", "higher_is_better": True},
@@ -19,8 +23,8 @@ def test_each_network_has_a_row_and_each_known_fact_a_column():
     assert headings == ["", "accuracy", "agreement", "parameters", "size", "latency"]
     assert lines == [
         ["teacher", "98.00 %", "", "1.25 M", "5.00 MB", "4.21 ms"],
-        ["plain student", "93.00 %", "90.00 %", "20.41 k", "0.08 MB", ""],
-        ["distilled student", "95.00 %", "95.10 %", "950", "0.08 MB", "1.10 ms"],
+        ["plain student", "93.00 %", "90.00 %", "20.41 k", "0.082 MB", ""],
+        ["distilled student", "95.00 %", "95.10 %", "950", "0.082 MB", "1.10 ms"],
     ]
 
 
@@ -29,6 +33,21 @@ def test_several_seeds_show_their_mean_and_interval():
     seeds = [{"seed": 0, "student": 0.90}, {"seed": 1, "student": 0.92}]
     _, lines = rows({**RESULT, "seeds": seeds})
     assert lines[2][1] == "91.00 % ± 12.71 %"
+
+
+def test_a_fact_that_is_null_leaves_its_cell_empty():
+    facts = {"latency_ms": {"teacher": None, "student": {}}, "parameters": {"student": None}}
+    seeds = [{"seed": 0, "baseline": None, "student": 0.95}]
+    headings, lines = rows({**RESULT, **facts, "agreement": {"baseline": None}, "seeds": seeds})
+    assert headings == ["", "accuracy", "size"]
+    assert [line[1] for line in lines] == ["98.00 %", "93.00 %", "95.00 %"]
+
+
+def test_a_terminal_gets_the_same_cells():
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(as_rich(RESULT))
+    text = console.export_text()
+    assert all(cell in text for line in rows(RESULT)[1] for cell in line)
 
 
 def test_a_model_trained_alone_is_a_model():

@@ -60,6 +60,17 @@ def test_fewer_than_three_seeds_decide_nothing_however_large_the_difference(seed
     assert "--seeds 3" in found.sentence
 
 
+@pytest.mark.parametrize(
+    ("gain", "word", "p"), [(0.125, "better", 0.0), (-0.1, "worse", 0.0), (0.0, "not decided", 1.0)]
+)
+def test_equal_differences_have_an_interval_without_width(gain, word, p):
+    # In floating point the three differences are not equal: rounding must not look like spread.
+    plain = [0.5, 0.6, 0.7]
+    found = verdict(plain, [value + gain for value in plain])
+    assert (found.word, found.p) == (word, p)
+    assert found.low == found.difference == found.high == pytest.approx(gain)
+
+
 def test_only_pairs_can_be_compared():
     for baseline, student in (([0.5], []), ([], [])):
         with pytest.raises(ValueError, match="make no pairs"):

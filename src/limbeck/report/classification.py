@@ -225,7 +225,7 @@ def _heat_map(difference: NDArray[np.float64], classes: Sequence[str]) -> Panel:
                 0.92,
                 0.92,
                 color=INK if not value else MORE if value > 0 else LESS,
-                alpha=0.05 if not value else 0.15 + 0.55 * strength,
+                alpha=0.05 if not value else 0.12 + 0.4 * strength,
                 linewidth=0,
             )
             axes.add_patch(cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ SECTIONS: dict[str, Callable[[Run], list[Section]]] = {"classification": classif
 
 REPORT = "report.html"
 _MOST_PANELS, _MOST_POINTS = 24, 300
+# Phases that share a colour differ by these.
+_DASHES = ("-", "--", ":", "-.")
 
 Line = list[tuple[float, float]]
 
@@ -113,12 +116,13 @@ def _duration(seconds: float) -> str:
 
 def _verdict(result: Mapping[str, Any]) -> dict[str, str] | None:
     found = result.get("verdict") or {}
-    if not found.get("sentence"):
-        return None
     word = found.get("word", "")
+    # That a model trained alone was compared with nothing is no news.
+    if not found.get("sentence") or (word == "none" and names(result)["student"] == "model"):
+        return None
     head, colon, rest = found["sentence"].partition(":")
     if not colon:
-        head, rest = "", found["sentence"]
+        head, rest = found["sentence"], ""
     tone = word if word in ("better", "worse") else "open"
     return {"head": head[:1].upper() + head[1:] + colon, "rest": rest, "tone": tone}
 
@@ -194,17 +198,22 @@ def _seeds_note(families: Iterable[list[Line]]) -> str:
 
 def _validation(families: Mapping[str, tuple[str, list[Line]]], metric: str) -> Figure:
     def draw(axes: Axes) -> None:
+        drawn: Counter[str] = Counter()
         for name, (role, lines) in families.items():
-            _draw_lines(axes, role, lines, plain(name))
+            _draw_lines(axes, role, lines, plain(name), _DASHES[drawn[_colour(role)] % 4])
+            drawn[_colour(role)] += 1
         axes.set_xlabel("epoch")
         axes.set_ylabel(plain(metric))
         axes.margins(x=0.02)
         if len(families) > 1:
             legend = axes.figure.legend(
-                loc="outside upper left", ncols=3, handlelength=1.1, columnspacing=1.2
+                loc="outside upper left",
+                ncols=3 if max(map(len, families)) < 18 else 2,
+                handlelength=2.6 if len(set(drawn)) < len(families) else 1.2,
+                columnspacing=1.2,
             )
             for handle in legend.get_lines():
-                handle.set(linewidth=2.5, alpha=1)
+                handle.set(linewidth=1.8, alpha=1)
 
     ends = ", ".join(
         f"{name} ends at {sum(line[-1][1] for line in lines) / len(lines):.4g}"
@@ -216,7 +225,14 @@ def _validation(families: Mapping[str, tuple[str, list[Line]]], metric: str) -> 
     return Figure([panel("validation", label, draw, (4.2, 2.9))], caption)
 
 
-def _draw_lines(axes: Axes, role: str, lines: list[Line], name: str | None = None) -> None:
+def _colour(role: str) -> str:
+    """The colour of a role; ``teacher-2`` is one of several teachers."""
+    return COLOURS.get(role.partition("-")[0], OTHER)
+
+
+def _draw_lines(
+    axes: Axes, role: str, lines: list[Line], name: str | None = None, dashes: str = "-"
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     many = len(lines) > 1
@@ -225,7 +241,8 @@ def _draw_lines(axes: Axes, role: str, lines: list[Line], name: str | None = Non
             [epoch for epoch, _ in line],
             [value for _, value in line],
             label=None if number else name,
-            color=COLOURS.get(role, OTHER),
+            color=_colour(role),
+            linestyle=dashes,
             linewidth=0.8 if many else 1.6,
             alpha=0.75 if many else 1.0,
             # One point makes no line.
@@ -271,11 +288,14 @@ def _cost(result: Mapping[str, Any]) -> list[Section]:
     means, metric = _means(result), result["metric"]["name"]
     costs = {
         "parameters": result.get("parameters") or {},
-        "median latency (ms)": {k: v["p50"] for k, v in (result.get("latency_ms") or {}).items()},
+        "median latency (ms)": {
+            role: (p or {}).get("p50") for role, p in (result.get("latency_ms") or {}).items()
+        },
     }
     panels = []
     for number, (heading, cost) in enumerate(costs.items()):
-        points = {role: (cost[role], mean) for role, mean in means.items() if role in cost}
+        known = {role: value for role, value in cost.items() if value is not None}
+        points = {role: (known[role], mean) for role, mean in means.items() if role in known}
         if len(points) < 2:
             continue
         said = ", ".join(f"{ROLES[r]} {y:.4g} at {x:,.4g}" for r, (x, y) in points.items())
@@ -336,7 +356,8 @@ def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None
 
 
 def _agreement(result: Mapping[str, Any]) -> list[Section]:
-    shares = {r: s for r, s in (result.get("agreement") or {}).items() if r in ROLES}
+    agreement = result.get("agreement") or {}
+    shares = {r: agreement[r] for r in ROLES if agreement.get(r) is not None}
     if not shares:
         return []
 

@@ -17,17 +17,18 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     there = [role for role in ROLES if result.get(role) is not None]
     headings = ["", result["metric"]["name"]]
     columns = [[_name(role, there) for role in there], [_metric(result, role) for role in there]]
-    for key, heading, form in (
-        ("agreement", "agreement", _percent),
-        ("parameters", "parameters", _count),
-        ("multiply_adds", "multiply-adds", _count),
-        ("bytes", "size", lambda n: f"{n / 1e6:.2f} MB"),
-        ("latency_ms", "latency", lambda p: f"{p['p50']:.2f} ms"),
+    latency = {role: (p or {}).get("p50") for role, p in (result.get("latency_ms") or {}).items()}
+    for facts, heading, form in (
+        (result.get("agreement"), "agreement", _percent),
+        (result.get("parameters"), "parameters", _count),
+        (result.get("multiply_adds"), "multiply-adds", _count),
+        (result.get("bytes"), "size", _megabytes),
+        (latency, "latency", _milliseconds),
     ):
-        facts = result.get(key) or {}
-        if any(role in facts for role in there):
+        known = {role: fact for role, fact in (facts or {}).items() if fact is not None}
+        if any(role in known for role in there):
             headings.append(heading)
-            columns.append([form(facts[r]) if r in facts else "" for r in there])
+            columns.append([form(known[role]) if role in known else "" for role in there])
     return headings, [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -36,9 +37,9 @@ def _name(role: str, there: list[str]) -> str:
 
 
 def _metric(result: Mapping[str, Any], role: str) -> str:
-    values = [seed[role] for seed in result.get("seeds", ()) if role in seed]
+    values = [s[role] for s in result.get("seeds") or () if s.get(role) is not None]
     mean, half = mean_interval(values or [result[role]])
-    form = _percent if result["metric"]["name"] in ("accuracy",) else "{:.4f}".format
+    form = _percent if result["metric"]["name"] == "accuracy" else "{:.4f}".format
     return form(mean) + (f" ± {form(half)}" if half is not None else "")
 
 
@@ -53,12 +54,25 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def _megabytes(number: float) -> str:
+    return f"{_rounded(number / 1e6)} MB"
+
+
+def _milliseconds(number: float) -> str:
+    return f"{_rounded(number)} ms"
+
+
+def _rounded(number: float) -> str:
+    # Students may be so small that two digits would make them all alike.
+    return f"{number:.2f}" if number >= 1 else f"{number:.3f}"
+
+
 def as_rich(result: Mapping[str, Any]) -> Table:
     """The table for a terminal."""
     headings, lines = rows(result)
     table = Table(box=None, pad_edge=False)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     return table

@@ -37,7 +37,11 @@ def verdict(
     It assumes that the differences of the pairs are independent and roughly normal; the data
     split and the teacher are the same in all pairs, so it speaks of this teacher on this data.
     Below three pairs, and where the 95 % interval of the mean difference holds zero, nothing is
-    decided.
+    decided. Differences that are equal but for rounding leave an interval without width; ``p`` is
+    then 0, or 1 where they are all zero.
+
+    Raises:
+        ValueError: nothing to compare, or not as many of one as of the other.
 
     >>> verdict([0.50, 0.52, 0.51], [0.60, 0.63, 0.61]).word
     'better'
@@ -50,6 +54,11 @@ def verdict(
         )
     sign = 1.0 if higher_is_better else -1.0
     differences = [sign * (s - b) for b, s in zip(baseline, student, strict=True)]
+    # Subtraction leaves the rounding of its operands; a spread or a mean of that size is none.
+    rounding = 1e-12 * max(map(abs, [*baseline, *student]))
+    if max(differences) - min(differences) <= rounding:
+        same = differences[0] if abs(differences[0]) > rounding else 0.0
+        differences = [same] * len(differences)
     number, mean = len(differences), sum(differences) / len(differences)
     if number < LEAST_SEEDS:
         return Verdict(
@@ -62,7 +71,11 @@ def verdict(
     _, half = mean_interval(differences)
     assert half is not None
     low, high = mean - half, mean + half
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if half else float(mean == 0)
+    if len(set(differences)) == 1:
+        low = high = mean = differences[0]
+        p = float(mean == 0)
+    else:
+        p = float(stats.ttest_rel(student, baseline).pvalue)
     word: Literal["better", "worse", "not decided"] = "not decided"
     if low > 0:
         word = "better"
