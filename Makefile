@@ -34,3 +34,7 @@ clean:
 .venv/.test: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,test]'
 	touch $@ .venv/.run
+
+.PHONY: docs
+docs: .venv/.run
+	$(BIN)/python docs/generate.py
