@@ -325,7 +325,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"limbeck: {error}", err=True)
+        # A path in the sentence may hold bytes that are no UTF-8.
+        sentence = str(error).encode("utf-8", "backslashreplace").decode()
+        typer.echo(f"limbeck: {sentence}", err=True)
         sys.exit(2)
     except Exception as error:
         status = getattr(error, "status", None)

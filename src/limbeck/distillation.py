@@ -241,9 +241,12 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     if part.limit is not None and part.limit < len(train):
         train = sources.transfer(train, fraction=part.limit / len(train))
     transfer = train
+    if part.unlabelled is not None:
+        transfer = sources.unlabelled(part.unlabelled, data.size)
+        voice.say(f"students learn from {len(transfer):,} unlabelled images of {part.unlabelled}")
     if part.transfer != Transfer():
-        transfer = sources.transfer(train, **part.transfer.model_dump())
-    if len(transfer) < len(data.train):
+        transfer = sources.transfer(transfer, **part.transfer.model_dump())
+    if part.unlabelled is None and len(transfer) < len(data.train):
         voice.say(
             f"teachers learn from {len(train):,} of {len(data.train):,} training samples, "
             f"students from {len(transfer):,}"
@@ -340,6 +343,8 @@ def _voice(engine: Engine, quiet: bool = False) -> Voice:
 
 def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
     path = out or _fresh_name(job.facts)
+    Run.check_free(path)
+    job.method.rehearse(job.bench)
     state = PartialState()
     if state.is_main_process:
         Run.create(path, recipe)
@@ -418,7 +423,8 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
     run.write_json(RESULT, result)
     report = page.write(run)
     bench.voice.console.print(table.as_rich(result))
-    bench.voice.say(result["verdict"]["sentence"])
+    if result["verdict"]["word"] != "none":
+        bench.voice.say(result["verdict"]["sentence"])
     bench.voice.say(f"report: {report}")
 
 

@@ -39,6 +39,7 @@ class DataPart(_Part):
     label: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="training samples")
     augment: Augment = Augment()
+    unlabelled: str | None = Field(default=None, description="source of the students' images")
     transfer: Transfer = Transfer()
 
 

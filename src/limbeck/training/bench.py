@@ -114,6 +114,26 @@ class Bench:
         distiller.to(self.device)
         return distiller
 
+    def rehearse(self, method: Method) -> None:
+        """One step with throw-away copies, so that what does not fit is found before training.
+
+        Raises:
+            UserError: student, teacher, data and method do not fit together.
+        """
+        with torch.random.fork_rng():
+            student = self.make_student(self.seeds[0]).to(self.device)
+            sample = self.sample()
+            if not self.candidates:
+                self.task.loss(self.task.run(student, sample), sample)
+                return
+            networks = [
+                copy.deepcopy(c.network) if c.training is not None else c.network
+                for c in self.candidates
+            ]
+            teacher = Teacher(networks, mean=self.mean, weights=self.weights).to(self.device)
+            rehearsed = Distiller(student, teacher, copy.deepcopy(method), self.task, sample)
+            rehearsed.to(self.device)(sample)
+
     def teach(self) -> Phases:
         """Train the teachers that are not ready, freeze all, and say how good they are."""
         if not self.candidates:
@@ -143,6 +163,9 @@ class Bench:
     def plain(self, seed: int) -> Phases:
         """Train the student of this seed on labels alone, for the comparison."""
         if not self.baseline:
+            return
+        if not self.task.labelled(self.sample()):
+            self.voice.say("no plain student: the transfer set has no labels")
             return
         network = self.baselines[seed] = self.make_student(seed).to(self.device)
         yield self.fit(self.label("baseline", seed), network, self.training, seed=seed)

@@ -53,6 +53,10 @@ class Method(nn.Module):
         """The method's named loss terms, weights included; the supervised one is not among them."""
         raise NotImplementedError
 
+    def rehearse(self, bench: Bench) -> None:
+        """Find out, before anything is trained or written, whether everything fits together."""
+        bench.rehearse(self)
+
     def phases(self, bench: Bench) -> Phases:
         """The whole run: teacher, then for each seed the plain student and the distilled one."""
         yield from bench.teach()

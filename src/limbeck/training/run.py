@@ -40,14 +40,19 @@ class Run:
         Raises:
             UserError: the folder exists and is not empty, or cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            known = path / RECIPE
-            hint = f"continue it with: limbeck resume {path}, or " if known.is_file() else ""
-            raise UserError(f"{path} already exists; {hint}choose another name with --out")
+        cls.check_free(path)
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
         write_atomically(path / RECIPE, text.encode())
         write_atomically(path / "environment.json", json.dumps(_environment(), indent=2).encode())
         return cls(path)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise the sentence for a folder that is already taken."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            known = path / RECIPE
+            hint = f"continue it with: limbeck resume {path}, or " if known.is_file() else ""
+            raise UserError(f"{path} already exists; {hint}choose another name with --out")
 
     @classmethod
     def open(cls, path: Path) -> Run:

@@ -102,6 +102,10 @@ class Task(ABC):
             "one teacher, or give one teacher"
         )
 
+    def labelled(self, batch: Batch) -> bool:
+        """Whether a batch holds what the supervised loss needs."""
+        return "label" in batch
+
     def better(self, one: float, other: float) -> bool:
         """Whether the deciding metric ``one`` is better than ``other``."""
         return one > other if self.higher_is_better else one < other

@@ -311,6 +311,7 @@ class _Fitting:
         self.length = len(phase.batches)
         self.epoch = self.step = 0
         self.best: dict[str, Any] | None = None
+        self.measures: dict[str, float] = {}
         self.spent = 0.0
         self.begun = self.saved = time.monotonic()
         if checkpoint is not None:
@@ -346,7 +347,14 @@ class _Fitting:
         for module in phase.modules().values():
             module.eval()
             module.zero_grad(set_to_none=True)
+        self._speak()
         return self._seconds()
+
+    def _speak(self) -> None:
+        text = f"{self.phase.name}: {self._steps_done():,} steps in {self._seconds():.1f} s"
+        for name, value in list(self.measures.items())[:1]:
+            text += f", {name} {value:.4f} on the validation split"
+        self.trainer.voice.say(text)
 
     def _epoch(self) -> None:
         phase, engine = self.phase, self.trainer.engine
@@ -387,7 +395,7 @@ class _Fitting:
         if not self.trainer.main:
             return
         if phase.evaluate is not None:
-            measures = phase.evaluate()
+            measures = self.measures = phase.evaluate()
             run.log({**self._place(), "validation": measures})
             self._track({f"{phase.name}/validation/{k}": v for k, v in measures.items()})
             value = next(iter(measures.values()))
