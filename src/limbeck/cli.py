@@ -106,8 +106,7 @@ def _card(system: System) -> str:
         f"Parameters of {system.method} (--set method.NAME=VALUE)",
     ]
     for name, field in schema(system.method_class()).model_fields.items():
-        limits = ", ".join(repr(m) for m in field.metadata)
-        lines.append(f"  {name} = {field.default!r}" + (f"  ({limits})" if limits else ""))
+        lines.append(f"  {name} = {field.default!r}{_range(field.metadata)}")
     lines += ["", "Run"]
     lines += [f"  limbeck run {system.slug} --preset {name}" for name in system.presets]
     if system.notes:
@@ -120,6 +119,18 @@ def _card(system: System) -> str:
     if not system.results:
         lines.append("  nothing yet")
     return "\n".join(lines)
+
+
+def _range(limits: Sequence[object]) -> str:
+    """The limits of a number as a reader writes them: "  (> 0)"."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in limits
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
+    ]
+    return f"  ({', '.join(found)})" if found else ""
 
 
 @app.command(

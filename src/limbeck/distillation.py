@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -225,7 +226,15 @@ def _ready(model: str) -> bool:
 
 
 def weigh(model: str, view: tuple[int, int, int], classes: int) -> dict[str, Any]:
-    """Parameters, multiply-adds, bytes and latency of a model by name."""
+    """Parameters, multiply-adds, bytes and latency of a model by name, or of a stored network.
+
+    ``view`` and ``classes`` are for models by name; a stored network knows its own.
+    """
+    if model.partition(":")[0] in ("run", "file") or Path(model).is_dir():
+        network = load(_stored(model))
+        if isinstance(network.input, Input):
+            view = (network.input.channels, *network.input.size)
+        return asdict(profile(network, view))
     names = [str(c) for c in range(classes)]
     channels, height, width = view
     input = Input(channels, (height, width), (0.5,) * channels, (0.5,) * channels)
@@ -342,10 +351,12 @@ def _voice(engine: Engine, quiet: bool = False) -> Voice:
 
 
 def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
-    path = out or _fresh_name(job.facts)
-    Run.check_free(path)
+    state, names = PartialState(), [str(out or _fresh_name(job.facts))]
+    broadcast_object_list(names)
+    path = Path(names[0])
+    if state.is_main_process:
+        Run.check_free(path)
     job.method.rehearse(job.bench)
-    state = PartialState()
     if state.is_main_process:
         Run.create(path, recipe)
     state.wait_for_everyone()

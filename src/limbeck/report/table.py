@@ -72,7 +72,7 @@ def as_rich(result: Mapping[str, Any]) -> Table:
     headings, lines = rows(result)
     table = Table(box=None, pad_edge=False)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if number else "left")
     for line in lines:
         table.add_row(*line)
     return table

@@ -27,6 +27,8 @@ class Voice:
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 120
         self._log: IO[str] | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
