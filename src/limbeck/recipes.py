@@ -13,6 +13,7 @@ from limbeck.catalogue import System, system
 from limbeck.data.augment import Augment
 from limbeck.errors import UserError, did_you_mean
 from limbeck.training.method import Method, Sum, Supervised
+from limbeck.training.parameters import reason_of
 from limbeck.training.phases import Training
 from limbeck.training.trainer import Engine
 
@@ -256,7 +257,7 @@ def _sentence(error: ValidationError) -> str:
         return f"the recipe lacks the key {where!r}"
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    reason = first["msg"][:1].lower() + first["msg"][1:]
+    reason = reason_of(first["msg"])
     return f"recipe key {where}={shown}: {reason}"
 
 

@@ -132,6 +132,11 @@ class Sum(Method):
                 names = " + ".join(type(m).__name__ for m in flat)
                 raise UserError(f"{names}: these methods have no task in common")
 
+    def rehearse(self, bench: Bench) -> None:
+        super().rehearse(bench)
+        for method in self.parts:
+            method.rehearse(bench)
+
     @property
     def parts(self) -> list[Method]:
         """The methods, in the order in which they were added."""

@@ -41,11 +41,21 @@ def checked(name: str, init: Callable[..., None]) -> Callable[..., None]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            reason = first["msg"][:1].lower() + first["msg"][1:]
+            reason = reason_of(first["msg"])
             raise UserError(f"{name}({where}={first['input']!r}): {reason}") from None
         init(self, **{argument: getattr(values, argument) for argument in given})
 
     return construct
+
+
+def reason_of(message: str) -> str:
+    """A pydantic message as the end of a sentence.
+
+    >>> reason_of("Value error, the moon is full")
+    'the moon is full'
+    """
+    text = message.removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
 
 
 def _schema(name: str, init: Callable[..., None]) -> type[BaseModel]:

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
@@ -40,6 +41,18 @@ class Engine(BaseModel):
     log_every: int = Field(default=50, ge=1, description="steps between two lines of metrics")
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     trackers: tuple[str, ...] = Field(default=(), description="such as tensorboard")
+
+    @field_validator("trackers")
+    @classmethod
+    def _installed(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        known = {str(tracker) for tracker in get_available_trackers()}
+        for tracker in trackers:
+            if tracker not in known:
+                raise ValueError(
+                    f"the tracker {tracker!r} is unknown or not installed; tensorboard comes with "
+                    "pip install 'limbeck[track]'"
+                )
+        return trackers
 
 
 class Interrupted(Exception):

@@ -190,13 +190,24 @@ class KD(Method):
             targets = soften(teacher["logits"], self.temperature)
         return {"kd": self.weight * soft_targets(student["logits"], targets, self.temperature)}
 
-    def finish(self, bench: Bench, seed: int, student: Network) -> Phases:
+    def rehearse(self, bench: Bench) -> None:
+        super().rehearse(bench)
         if not self.absent:
             return
-
         task = bench.task
         if not isinstance(task, Classification) or not len(bench.validation):
             raise UserError("the bias of absent classes is chosen on validation data; give some")
+        if max(self.absent) >= len(task.classes):
+            raise UserError(
+                f"KD(absent={list(self.absent)}): classes run from 0 to {len(task.classes) - 1}"
+            )
+        _head(bench.make_student(bench.seeds[0]).model, len(task.classes))
+
+    def finish(self, bench: Bench, seed: int, student: Network) -> Phases:
+        if not self.absent:
+            return
+        task = bench.task
+        assert isinstance(task, Classification), "the rehearsal has seen to it"
 
         def correct(_: Journal) -> float:
             logits, labels = task.predict(student, bench.validation)
