@@ -74,6 +74,17 @@ def test_no_gradient_reaches_the_teacher():
     assert v.grad is None
 
 
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_worked_off_in_rows_the_loss_is_the_same_in_value_and_gradient(rows):
+    generator = torch.Generator().manual_seed(0)
+    z, v = (torch.randn(7, 50, generator=generator, dtype=torch.float64) for _ in range(2))
+    whole, parts = z.clone().requires_grad_(), z.clone().requires_grad_()
+    (3 * kd(whole, v, 3.0)).backward()
+    (3 * kd(parts, v, 3.0, rows=rows)).backward()
+    assert kd(z, v, 3.0, rows=rows).item() == pytest.approx(kd(z, v, 3.0).item(), rel=1e-12)
+    assert torch.allclose(whole.grad, parts.grad, atol=1e-14)
+
+
 def test_half_precision_logits_are_softened_in_float32():
     assert kd(Z.half(), V.half(), 2.0).dtype == torch.float32
 

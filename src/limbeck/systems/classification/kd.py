@@ -10,7 +10,7 @@ Needs: any classifiers with the same classes as teacher and student.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Journal, Solve
 from limbeck.training.task import Answer, Batch, Terms
+
+ENTRIES = 2**22
+"""The most probabilities that are in memory at once; larger batches are worked off in rows."""
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
@@ -39,7 +42,12 @@ def soften(logits: Tensor, temperature: float) -> Tensor:
     return (_precise(logits) / _positive(temperature)).softmax(-1)
 
 
-def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    rows: int | None = None,
+) -> Tensor:
     r"""Soft-target loss :math:`T^2\,\mathrm{KL}(p\,\|\,q)` (section 2), mean over the batch.
 
     Its gradient is that of the cross-entropy with soft targets; the factor T^2 keeps the
@@ -49,6 +57,9 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0)
         student_logits: (B, C).
         teacher_logits: (B, C); no gradient flows into them.
         temperature: T, above 0.
+        rows: work the batch off so many rows at a time, and again in the backward pass, so that
+            no softmax of the whole batch is ever in memory: for vocabularies. The value and the
+            gradient are the same; there is no second derivative.
 
     Returns:
         A scalar at least 0, in nats times T^2.
@@ -61,7 +72,39 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0)
     0.091417
     """
     _same_classes(student_logits, teacher_logits)
+    if rows is not None:
+        return _KDInRows.apply(student_logits, teacher_logits, _positive(temperature), rows)  # type: ignore[no-any-return]
     return soft_targets(student_logits, soften(teacher_logits, temperature), temperature)
+
+
+class _KDInRows(torch.autograd.Function):
+    """:func:`kd` without a softmax of the whole batch in memory: the backward pass makes it again.
+
+    The gradient is T / B (q - p), row by row (section 2, eq. 2, times T^2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, temperature: float, rows: int
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature, ctx.rows = temperature, rows
+        total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+        for z, v in zip(student.split(rows), teacher.split(rows), strict=True):
+            log_q = (_precise(z) / temperature).log_softmax(-1)
+            total += F.kl_div(log_q, soften(v, temperature).to(log_q), reduction="sum")
+        return total * (temperature**2 / len(student))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher = ctx.saved_tensors
+        scale = gradients[0] * (ctx.temperature / len(student))
+        found = torch.empty_like(student)
+        pieces = (t.split(ctx.rows) for t in (student, teacher, found))
+        for z, v, gradient in zip(*pieces, strict=True):
+            q = soften(z, ctx.temperature)
+            gradient.copy_(q.sub_(soften(v, ctx.temperature)).mul_(scale))
+        return found, None, None, None
 
 
 def soft_targets(student_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -186,9 +229,10 @@ class KD(Method):
                 self.temperature,
                 weights=teacher.weights,
             )
-        else:
-            targets = soften(teacher["logits"], self.temperature)
-        return {"kd": self.weight * soft_targets(student["logits"], targets, self.temperature)}
+            return {"kd": self.weight * soft_targets(student["logits"], targets, self.temperature)}
+        z, v = student["logits"], teacher["logits"]
+        rows = max(1, ENTRIES // v.shape[-1]) if v.numel() > ENTRIES else None
+        return {"kd": self.weight * kd(z, v, self.temperature, rows)}
 
     def rehearse(self, bench: Bench) -> None:
         super().rehearse(bench)
