@@ -64,8 +64,8 @@ class Recipe(_Part):
     weights: tuple[float, ...] | None = None
     student: ModelPart
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    seed: int = Field(default=0, ge=0)
-    seeds: int = Field(default=1, ge=1, description="paired comparisons, from `seed` on")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    seeds: int = Field(default=1, ge=1, le=1000, description="paired comparisons, from `seed` on")
     baseline: bool = True
     select: Literal["last", "best"] = "last"
     engine: Engine = Engine()

@@ -23,8 +23,10 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(default=10, ge=0, description="passes over the training set")
-    batch_size: int = Field(default=64, ge=1, description="samples a step, over all processes")
+    epochs: int = Field(default=10, ge=0, le=10**6, description="passes over the training set")
+    batch_size: int = Field(
+        default=64, ge=1, le=10**6, description="samples a step, over all processes"
+    )
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.05, gt=0, allow_inf_nan=False, description="peak learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
@@ -33,9 +35,11 @@ class Training(BaseModel):
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = Field(default=0.1, gt=0, le=1)
-    warmup: float = Field(default=0.0, ge=0, description="epochs")
+    warmup: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="epochs")
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    accumulate: int = Field(default=1, ge=1, description="slices that a batch is worked off in")
+    accumulate: int = Field(
+        default=1, ge=1, le=10**6, description="slices that a batch is worked off in"
+    )
 
     def factor(self, epoch: float) -> float:
         """What the learning rate is multiplied by at a fractional epoch.

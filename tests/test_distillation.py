@@ -1,0 +1,169 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import limbeck
+from limbeck import KD, Distiller, Method, UserError
+from limbeck.tasks.classification import Classification
+from limbeck.training.phases import Training
+from limbeck.training.task import Answer, Batch, Terms
+from limbeck.training.trainer import Engine
+
+CPU = Engine(device="cpu")
+
+
+def net(width: int, seed: int, classes: int = 3) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(16, width), nn.ReLU(), nn.Linear(width, classes)
+        )
+
+
+def loaders(n: int = 90, parts: int = 2) -> list[DataLoader]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, 1, 4, 4, generator=generator)
+    labels = images.flatten(1)[:, :3].argmax(1)
+    return [
+        DataLoader(TensorDataset(images, labels), 30, shuffle=not number) for number in range(parts)
+    ]
+
+
+def distil(path, student=None, teacher=None, data=None, **given):
+    given = {"training": Training(epochs=3, lr=0.1), "quiet": True, "engine": CPU, **given}
+    student = student if student is not None else net(4, 1)
+    teacher = teacher if teacher is not None else net(16, 2)
+    return limbeck.distill(student, teacher, data or loaders(), out=path, **given)
+
+
+class Regressor(Method):
+    """Matches a hidden layer through an adapter that is shaped by probing."""
+
+    student_taps = ("1",)
+    teacher_taps = ("1",)
+
+    def __init__(self, weight: float = 2.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def build(self, student: Answer, teacher: Answer, batch: Batch) -> None:
+        sizes = (features.shape[1] for features in (student.features["1"], teacher.features["1"]))
+        self.adapter = nn.Linear(*sizes)
+
+    def terms(self, student: Answer, teacher: Answer, batch: Batch) -> Terms:
+        difference: Tensor = self.adapter(student.features["1"]) - teacher.features["1"]
+        return {"match": self.weight * difference.square().mean()}
+
+
+class OwnPhases(Method):
+    def distil(self, bench, seed):
+        yield from ()
+
+
+def test_any_modules_and_loaders_are_distilled_in_place(tmp_path):
+    student, teacher = net(4, 1), net(16, 2)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    first = student[1].weight.clone()
+    done = distil(tmp_path / "run", student, teacher, loaders(parts=3))
+    assert done.student is student
+    assert not torch.equal(student[1].weight, first)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert set(done.result["measures"]) == {"teacher", "baseline", "student"}
+    assert done.result["student"] == done.result["measures"]["student"]["accuracy"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+    ends = [
+        distil(tmp_path / str(n), seed=seed).student[1].weight for n, seed in enumerate((5, 5, 6))
+    ]
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_an_ensemble_teaches(tmp_path):
+    done = distil(tmp_path / "run", teacher=[net(16, 2), net(16, 3)])
+    assert done.result["parameters"]["teacher"] == 2 * (16 * 16 + 16 + 16 * 3 + 3)
+
+
+def test_a_run_of_python_objects_goes_on_where_it_failed(tmp_path):
+    whole = distil(tmp_path / "whole").student[1].weight
+
+    class Failing(KD):
+        def terms(self, student, teacher, batch):
+            calls["n"] += 1
+            if calls["n"] == 8:
+                raise RuntimeError("as if the power had gone")
+            return super().terms(student, teacher, batch)
+
+    calls = {"n": 0}
+    often = Engine(device="cpu", checkpoint_seconds=0.0)
+    with pytest.raises(RuntimeError):
+        distil(tmp_path / "run", method=Failing(), engine=often)
+    again = distil(tmp_path / "run", resume=True)
+    assert torch.equal(again.student[1].weight, whole)
+
+
+def test_an_adapter_is_shaped_by_probing_and_trained(tmp_path):
+    student, teacher = net(4, 1), net(16, 2)
+    sample = {"image": torch.randn(5, 1, 4, 4), "label": torch.zeros(5, dtype=torch.int64)}
+    method = Regressor()
+    distiller = Distiller(student, teacher, method, Classification("abc"), sample)
+    assert method.adapter.weight.shape == (16, 4)
+    sum(distiller(sample).values()).backward()
+    assert method.adapter.weight.grad.abs().sum() > 0
+    assert student[1].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+    assert set(distiller.state_dict()) == {
+        *(f"student.model.{k}" for k in student.state_dict()),
+        "method.adapter.weight",
+        "method.adapter.bias",
+    }
+    distil(tmp_path / "run", student, teacher, method=Regressor())
+
+
+def test_methods_add_up_with_the_label_weight_of_the_first(tmp_path):
+    sample = {"image": torch.randn(5, 1, 4, 4), "label": torch.zeros(5, dtype=torch.int64)}
+    both = KD(label_weight=0.25) + Regressor() + Regressor(weight=1.0)
+    student = net(4, 1)
+    terms = Distiller(student, net(16, 2), both, Classification("abc"), sample)(sample)
+    assert list(terms) == ["labels", "kd", "match", "regressor.match"]
+    plain = nn.functional.cross_entropy(student(sample["image"]), sample["label"])
+    assert terms["labels"].item() == pytest.approx(0.25 * plain.item())
+    assert distil(tmp_path / "run", method=KD() + Regressor()).result["student"] > 0
+
+
+def test_what_does_not_fit_is_said_before_a_run_folder_exists(tmp_path):
+    class Lost(Regressor):
+        teacher_taps = ("7",)
+
+    class NotFinite(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :3] * float("nan")
+
+    class ForDetectors(KD):
+        tasks = ("detection",)
+
+    cases = [
+        ({"teacher": net(16, 2, classes=5)}, "same classes"),
+        ({"teacher": NotFinite()}, "NaN or infinity on the first batch"),
+        ({"method": Lost()}, "no module '7' to tap"),
+        ({"method": ForDetectors()}, "works on detection, not on classification"),
+        ({"data": loaders(parts=1)}, "1 came"),
+        ({"teacher": "run:nowhere"}, "pass the module itself"),
+    ]
+    for given, sentence in cases:
+        with pytest.raises(UserError, match=sentence):
+            distil(tmp_path / "run", **given)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_method_with_phases_of_its_own_cannot_be_added():
+    with pytest.raises(UserError, match="OwnPhases has phases of its own"):
+        KD() + OwnPhases()
+
+
+def test_a_method_is_not_changed_by_a_run(tmp_path):
+    method = Regressor()
+    distil(tmp_path / "run", method=method)
+    assert not hasattr(method, "adapter")
