@@ -50,7 +50,9 @@ def test_every_command_of_the_readme_runs(folder, monkeypatch, capsys):
             assert "limbeck: " not in capsys.readouterr().err, command
         elif words[0] == "torchrun":
             words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+            before = len(list((folder / "runs").iterdir()))
             subprocess.run(words, check=True, capture_output=True, timeout=180)
+            assert len(list((folder / "runs").iterdir())) == before + 1
         else:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert words[0] == "make"

@@ -340,7 +340,7 @@ def _outputs(network: Network, view: tuple[int, int, int]) -> int:
 
 
 def _device(engine: Engine) -> torch.device:
-    device: torch.device = PartialState(cpu=engine.device == "cpu").device
+    device: torch.device = PartialState(cpu=engine.on_cpu()).device
     return device
 
 

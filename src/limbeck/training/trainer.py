@@ -42,6 +42,10 @@ class Engine(BaseModel):
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     trackers: tuple[str, ...] = Field(default=(), description="such as tensorboard")
 
+    def on_cpu(self) -> bool:
+        """Whether the work is done on the CPU: by choice, or for want of anything else."""
+        return self.device == "cpu" or not torch.accelerator.is_available()
+
     @field_validator("trackers")
     @classmethod
     def _installed(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
@@ -189,7 +193,7 @@ class Trainer:
         self.engine = engine or Engine()
         self.accelerator = Accelerator(
             mixed_precision="no" if self.engine.precision == "fp32" else self.engine.precision,
-            cpu=self.engine.device == "cpu",
+            cpu=self.engine.on_cpu(),
             log_with=list(self.engine.trackers) or None,
             project_dir=str(run.path),
             kwargs_handlers=[DistributedDataParallelKwargs()],
