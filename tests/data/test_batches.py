@@ -223,3 +223,10 @@ def test_a_loader_of_something_else_is_refused() -> None:
     triples: Any = [(torch.zeros(2), 1, 2)]
     with pytest.raises(UserError, match="pairs"):
         list(LoaderBatches(DataLoader(triples)).epoch(0))
+
+
+def test_images_lie_in_memory_as_models_with_a_view_want_them():
+    pixels = torch.zeros(4, 3, 6, 5, dtype=torch.uint8)
+    split = Split("train", ResidentImages(pixels), None)
+    batches = ImageBatches(split, 4, train=True, augment=Augment(crop=1, flip=True))
+    assert next(batches.epoch(0))["image"].view(4, -1).shape == (4, 90)

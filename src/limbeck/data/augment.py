@@ -95,9 +95,9 @@ def _shift(pixels: Tensor, padding: int, flip: bool, chance: Tensor) -> Tensor:
         columns = torch.where(chance[:, 2:3] < 0.5, columns.flip(1), columns)
     columns = offsets[:, 1:] + columns
     samples = torch.arange(batch, device=device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    cut = padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]]
+    # In rows of channels again, since a model may look at its input with .view
+    return cut.permute(0, 3, 1, 2).contiguous()
 
 
 def _zoom(pixels: Tensor, least: float, chance: Tensor) -> Tensor:
