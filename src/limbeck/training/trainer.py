@@ -202,7 +202,6 @@ class Trainer:
         self.voice = (voice or Voice()) if self.main else Voice(quiet=True)
         self.seconds: dict[str, float] = {}
         self._signal: int | None = None
-        self._resumed = False
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +230,6 @@ class Trainer:
                 if done is None:
                     done = self._do(index, phase, log)
                 else:
-                    self._resumed = True
                     _load(phase, done["modules"])
                 log, result = done["log"], done["result"]
                 self.seconds[phase.name] = done["seconds"]
