@@ -76,8 +76,8 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> nn.Module:
           (1): Identity()
           (2): ReLU()
         )
-        >>> fold_batch_norm(model, keep=["0"])[1]
-        BatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> type(fold_batch_norm(model, keep=["0"])[1]).__name__
+        'BatchNorm2d'
     """
     folded = copy.deepcopy(model).eval()
     seen = _seen(folded, keep)
