@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,9 @@ from limbeck.training.method import Method, Sum, Supervised
 from limbeck.training.parameters import reason_of
 from limbeck.training.phases import Training
 from limbeck.training.trainer import Engine
+
+Side = Annotated[int, Field(ge=1, le=2**16)]
+Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -36,7 +40,7 @@ class DataPart(_Part):
 
     source: str
     validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of train")
-    size: tuple[int, int] | None = None
+    size: tuple[Side, Side] | None = None
     label: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="training samples")
     augment: Augment = Augment()
@@ -61,7 +65,7 @@ class Recipe(_Part):
     data: DataPart
     teachers: tuple[ModelPart, ...] = ()
     mean: Literal["probabilities", "logits"] = "probabilities"
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Share, ...] | None = None
     student: ModelPart
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -143,7 +147,7 @@ def overrides(words: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"--set wants key.key=value, not {word!r}")
         try:
             value: Any = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except Exception:  # A wrong tag can fail in any way.
             raise UserError(f"--set {path}: {text!r} is no YAML value") from None
         for key in reversed(keys):
             value = {key: value}
@@ -165,22 +169,32 @@ def assigned(values: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
             raise UserError(
                 f"--set teacher: a key of the teacher is wanted, as in teacher.model={over}"
             )
-        result["teachers"] = [merged(t, over) for t in result.get("teachers") or [{}]]
+        result["teachers"] = [merged(t, over) for t in _teachers(result)]
     return result
 
 
 def with_teachers(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Recipe values with these models as teachers, trained as the first one was to be."""
     result = _with_list(values)
-    before = list(result.get("teachers") or [{}])
-    result["teachers"] = [merged(before[0], {"model": name}) for name in names]
+    before = _teachers(result)[0]
+    result["teachers"] = [merged(before, {"model": name}) for name in names]
     return result
+
+
+def _teachers(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The teachers of a recipe, one without settings if there are none."""
+    found = values.get("teachers") or [{}]
+    if not isinstance(found, (list, tuple)) or not all(isinstance(t, Mapping) for t in found):
+        raise UserError("recipe key teachers: a list of mappings, one a teacher, is wanted")
+    return list(found)
 
 
 def _with_list(values: Mapping[str, Any]) -> dict[str, Any]:
     """``teacher: {...}`` is ``teachers: [{...}]``."""
     result = dict(values)
     if "teacher" in result:
+        if "teachers" in result:
+            raise UserError("a recipe has the key teacher or the key teachers, not both")
         result["teachers"] = [result.pop("teacher")]
     return result
 
@@ -211,8 +225,8 @@ def read(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {(error.strerror or 'error').lower()}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        line = str(error).splitlines()[0]
+    except Exception as error:  # Foreign bytes can fail in any way.
+        line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no YAML that a recipe can be read from: {line}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping of keys to values, which a recipe is")
@@ -237,12 +251,14 @@ def validate(values: Mapping[str, Any]) -> Recipe:
 def _shared_method(values: dict[str, Any]) -> dict[str, Any]:
     """``method: {...}`` holds the parameters of the recipe's first method."""
     if "method" in values:
-        own = values.pop("method")
-        methods = dict(values.get("methods") or {})
+        own, methods = values.pop("method"), values.get("methods") or {}
+        if not isinstance(methods, Mapping):
+            raise UserError("recipe key methods: a mapping from systems to parameters is wanted")
         first = next(iter(methods), values.get("system"))
-        if not isinstance(own, Mapping) or not isinstance(first, str):
+        given = methods.get(first) or {}
+        if not all(isinstance(m, Mapping) for m in (own, given)) or not isinstance(first, str):
             raise UserError("recipe key method: a mapping of parameters is wanted")
-        values["methods"] = {**methods, first: merged(methods.get(first) or {}, own)}
+        values["methods"] = {**methods, first: merged(given, own)}
     return values
 
 
@@ -255,10 +271,22 @@ def _sentence(error: ValidationError) -> str:
         return f"the recipe has no key {where!r}; {did_you_mean(str(wrong), known)}"
     if first["type"] == "missing":
         return f"the recipe lacks the key {where!r}"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
     reason = reason_of(first["msg"])
-    return f"recipe key {where}={shown}: {reason}"
+    return f"recipe key {where}={_shown(first['input'])}: {reason}"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error sentence shows it: short, however much the value holds.
+
+    >>> _shown({"model": "vgg8"}), _shown([1] * 99)
+    ("{'model': 'vgg8'}", '[1, 1, 1, 1, 1, 1, ...]')
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    try:
+        return short.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 def _fields(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:

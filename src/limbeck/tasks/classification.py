@@ -124,7 +124,7 @@ class Classification(Task):
             logits.append(self.answer(network, batch)["logits"].float().cpu())
             labels.append(batch["label"].cpu())
         network.train(was_training)
-        if not logits:
+        if not sum(map(len, logits)):
             raise UserError("there are no samples to measure on")
         return torch.cat(logits), torch.cat(labels)
 
