@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from limbeck import recipes
@@ -78,6 +80,30 @@ def test_a_recipe_survives_being_written_and_read():
         ({"methods": {"kd": {"weight": -1}}}, r"KD\(weight=-1\)"),
         ({"method": 3}, "a mapping of parameters is wanted"),
         ({"seed": 10**400}, "recipe key seed="),
+        ({"seed": 10**5000}, "recipe key seed=a int: "),
+        ({"data": {"augment": {"cropp": 1}}}, "no key 'data.augment.cropp'; did you mean crop"),
+        ({"data": {"transfer": {"onli": [1]}}}, "'data.transfer.onli'; did you mean only"),
+        ({"data": {"transfer": {"fraction": 0}}}, "data.transfer.fraction=0"),
+        ({"data": {"size": [0, 8]}}, r"data.size.0=0"),
+        ({"student": {"trainin": {}}}, "'student.trainin'; did you mean training"),
+        ({"student": {"training": {"epoch": 1}}}, "'student.training.epoch'; did you mean epochs"),
+        ({"student": {"training": {"epochs": "many"}}}, "student.training.epochs='many'"),
+        ({"student": "mlp-8"}, "recipe key student='mlp-8'"),
+        ({"teachers": [{"model": "x", "trainin": {}}]}, "'teachers.0.trainin'; did you mean train"),
+        ({"teachers": 3}, "recipe key teachers=3"),
+        ({"teacher": 3}, "recipe key teachers.0=3"),
+        ({"teacher": {}, "teachers": []}, "the key teacher or the key teachers, not both"),
+        ({"engine": {"workerz": 1}}, "'engine.workerz'; did you mean workers"),
+        ({"weights": [1, float("nan")]}, "weights.1=nan"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"mean": "median"}, "mean='median'"),
+        ({"task": "detection"}, "task='detection'"),
+        ({1: 2}, "recipe key 1"),
+        ({"methods": {"kd": {"temprature": 1}}}, "no parameter 'temprature'; did you mean temper"),
+        ({"methods": {"kd": {"temperature": 0}}}, r"KD\(temperature=0\)"),
+        ({"methods": {"kd": 3}}, "methods.kd=3"),
+        ({"methods": 3, "method": {}}, "a mapping from systems to parameters is wanted"),
+        ({"methods": {"kd": 3}, "method": {}}, "a mapping of parameters is wanted"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence(change, sentence):
@@ -94,3 +120,128 @@ def test_overrides_are_plain_values():
     for word in ("a", "=1", "a..b=1", "a=!!python/name:os.system", "a=[", "a={{}}"):
         with pytest.raises(UserError):
             recipes.overrides([word])
+
+
+def test_values_are_merged_key_by_key_and_the_originals_are_left_alone():
+    base = {"a": {"b": 1, "c": {"d": 2}}, "l": [1, 2]}
+    over = {"a": {"c": {"e": 3}}, "l": [3], "n": None}
+    found = recipes.merged(base, over)
+    assert found == {"a": {"b": 1, "c": {"d": 2, "e": 3}}, "l": [3], "n": None}
+    found["a"]["c"]["d"] = 9
+    assert base == {"a": {"b": 1, "c": {"d": 2}}, "l": [1, 2]}
+    assert recipes.merged({"a": {"b": 1}}, {"a": 3}) == {"a": 3}
+    assert recipes.merged({"a": 3}, {"a": {"b": 1}}) == {"a": {"b": 1}}
+
+
+def test_later_words_win_and_words_for_the_same_place_add_up():
+    assert recipes.overrides(["a.b=1", "a.c=2", "a.b=3"]) == {"a": {"b": 3, "c": 2}}
+    assert recipes.overrides([" a.b =x=y"]) == {"a": {"b": "x=y"}}
+    assert recipes.overrides(["a={b: 1}", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
+
+
+@pytest.mark.parametrize(
+    "text", ["!!timestamp x", "!!bool x", "!!int ''", "!!float x", "!!binary é", "\0", "[" * 5000]
+)
+def test_a_value_with_a_wrong_tag_is_no_value(text, tmp_path):
+    with pytest.raises(UserError, match="is no YAML value"):
+        recipes.overrides([f"seed={text}"])
+    (tmp_path / "r.yaml").write_text(f"seed: {text}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"r\.yaml is no YAML that a recipe can be read from: .+"):
+        recipes.read(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("teachers", [3, "vgg8", [3], {"model": "vgg8"}, [[]]])
+def test_words_for_teachers_that_are_none_are_one_sentence(teachers):
+    for change in (
+        lambda values: recipes.assigned(values, ["teacher.training.epochs=1"]),
+        lambda values: recipes.with_teachers(values, ["vgg8"]),
+    ):
+        with pytest.raises(UserError, match="recipe key teachers: a list of mappings"):
+            change({**MINIMAL, "teachers": teachers})
+    for word in ("teacher=3", "teacher=[]"):
+        with pytest.raises(UserError, match="a key of the teacher is wanted"):
+            recipes.assigned(MINIMAL, [word])
+
+
+def test_a_teacher_that_is_asked_for_needs_no_teacher_in_the_recipe():
+    assert recipes.with_teachers(MINIMAL, ["vgg8"])["teachers"] == [{"model": "vgg8"}]
+    words = ["teacher.model=vgg8", "teacher.training.epochs=2"]
+    recipe = recipes.validate(recipes.assigned(MINIMAL, words))
+    assert [(t.model, t.training.epochs) for t in recipe.teachers] == [("vgg8", 2)]
+
+
+def test_the_method_shorthand_reaches_the_first_method_only():
+    values = {**MINIMAL, "methods": {"kd": {"weight": 0.5}}, "method": {"temperature": 2}}
+    assert recipes.validate(values).methods == {"kd": {"weight": 0.5, "temperature": 2}}
+    recipe = recipes.validate({**MINIMAL, "method": {"temperature": 3}})
+    assert recipe.methods == {"kd": {"temperature": 3}}
+
+
+def test_a_preset_is_fitted_to_the_kind_of_data_and_the_rest_of_it_stays():
+    kd = system("kd")
+    plain, fitted = (recipes.preset(kd, "small", kind) for kind in ("digits", "cifar10"))
+    section = kd.presets["small"]["for"]["cifar10"]
+    assert "for" not in plain
+    assert "for" not in fitted
+    assert plain["student"] == kd.presets["small"]["student"]
+    assert fitted["student"]["model"] == section["student"]["model"]
+    assert fitted["methods"] == plain["methods"]
+    assert recipes.preset(kd, "small", "folder") == plain
+    assert recipes.preset_source(kd, "small") == "digits"
+    with pytest.raises(UserError, match="kd has no preset 'smoll'; did you mean small"):
+        recipes.preset(kd, "smoll", "digits")
+
+
+def test_presets_are_not_changed_by_what_is_made_of_them():
+    before = repr(system("kd").presets)
+    words = ["teacher.model=x", "student.training.epochs=9", "method.weight=0"]
+    recipes.validate(recipes.assigned(recipes.preset(system("kd"), "small", "mnist"), words))
+    assert repr(system("kd").presets) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "holds no mapping"),
+        (b"- 1", "holds no mapping"),
+        (b"kd", "holds no mapping"),
+        (b"a: b: c", "is no YAML that a recipe"),
+        (b"\xff\xfe\x00", "is no YAML that a recipe"),
+        (b"a: *nowhere", "is no YAML that a recipe"),
+        (b"a: !!python/object/apply:os.system ['touch canary']", "is no YAML that a recipe"),
+        (b"a: !!python/object/new:os.system ['touch canary']", "is no YAML that a recipe"),
+        (b"a: !!python/name:os.system", "is no YAML that a recipe"),
+        (b"a: 1\n---\na: 2", "is no YAML that a recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_sentence_and_runs_nothing(
+    tmp_path, monkeypatch, content, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        recipes.read(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for path, reason in ((tmp_path / "no.yaml", "no such file"), (tmp_path, "is a directory")):
+        with pytest.raises(UserError, match=f"{path} cannot be read: {reason}"):
+            recipes.read(path)
+
+
+def test_anchors_of_a_recipe_file_work_and_a_bomb_of_them_is_told_in_time(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "system: kd\ndata: {source: digits}\nteacher: {model: mlp-8, training: &t {epochs: 3}}\n"
+        "student: {model: mlp-4, training: *t}\n"
+    )
+    recipe = recipes.validate(recipes.read(path))
+    assert recipe.student.training == recipe.teachers[0].training
+    levels = [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)]
+    path.write_text("\n".join(["student:", "- &a0 [x]", *levels]))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="recipe key student="):
+        recipes.validate({**MINIMAL, **recipes.read(path)})
+    assert time.monotonic() - begun < 5

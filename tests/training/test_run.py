@@ -1,0 +1,130 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from limbeck.errors import UserError
+from limbeck.training.run import Run
+
+
+def test_a_fresh_folder_holds_recipe_and_environment(tmp_path):
+    recipe = {"system": "kd", "data": {"source": "folder:Äpfel"}, "seeds": [1, 2]}
+    run = Run.create(tmp_path / "a" / "run", recipe)
+    assert yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8")) == recipe
+    assert Run.open(run.path).recipe() == recipe
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0] or (
+        environment["packages"]["torch"] == torch.__version__
+    )
+    assert environment["command"] == sys.argv
+
+
+def test_only_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    Run.create(tmp_path / "empty", {})
+    with pytest.raises(UserError, match=r"already exists; continue it with: limbeck resume"):
+        Run.create(tmp_path / "empty", {})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match="already exists; choose another name with --out"):
+            Run.create(tmp_path / name, {})
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_no_run_is_not_opened(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=r"is no run folder: it has no recipe\.yaml"):
+            Run.open(path)
+
+
+def test_a_result_is_there_only_when_the_run_is_finished(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    with pytest.raises(UserError, match="is not finished; continue it with: limbeck resume"):
+        run.result()
+    run.write_json("result.json", {"student": 0.5})
+    assert run.result() == {"student": 0.5}
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"a: [", b"!!python/name:a"])
+def test_altered_files_are_named(tmp_path, content):
+    run = Run.create(tmp_path / "run", {})
+    for name, read in (("recipe.yaml", run.recipe), ("result.json", run.result)):
+        (run.path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} cannot be read: it is not what Limbeck wrote"):
+            read()
+
+
+def test_metrics_are_cut_back_to_a_length_and_go_on_from_there(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    assert run.metrics() == []
+    run.log({"step": 1})
+    length = run.logged()
+    assert length == (run.path / "metrics.jsonl").stat().st_size
+    run.log({"step": 2})
+    run.log({"step": 3})
+    run.cut_log(length)
+    run.log({"step": 2, "again": True})
+    assert run.metrics() == [{"step": 1}, {"step": 2, "again": True}]
+    assert Run.open(run.path).logged() == (run.path / "metrics.jsonl").stat().st_size
+
+
+def test_a_half_written_line_is_cut_off(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    run.log({"step": 1})
+    length = run.logged()
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"ste')
+    again = Run.open(run.path)
+    again.cut_log(length)
+    again.log({"step": 2})
+    assert again.metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_one_process_holds_a_folder_and_a_dead_one_holds_nothing(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    with run.held(), pytest.raises(UserError, match="another process is training"):  # noqa: SIM117
+        with Run.open(run.path).held():
+            pass
+    code = (
+        "import os, sys; from pathlib import Path; from limbeck.training.run import Run\n"
+        "held = Run.open(Path(sys.argv[1])).held(); held.__enter__()\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process is training"), run.held():
+            pass
+        other.kill()
+    with run.held():
+        pass
+
+
+def test_a_failure_inside_lets_go_of_the_folder(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    with pytest.raises(ZeroDivisionError), run.held():
+        raise ZeroDivisionError
+    with run.held():
+        pass
+
+
+def test_a_finished_phase_is_kept_and_its_checkpoints_are_not(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    run.checkpoints.write({"n": 1})
+    run.log({"step": 1})
+    assert run.finished_phase(3, "fit@1/../x") is None
+    run.finish_phase(3, "fit@1/../x", {"modules": {"w": torch.ones(2)}})
+    assert run.checkpoints.paths() == []
+    found = Run.open(run.path).finished_phase(3, "fit@1/../x")
+    assert found["phase"] == "fit@1/../x"
+    assert found["log"] == (run.path / "metrics.jsonl").stat().st_size
+    assert torch.equal(found["modules"]["w"], torch.ones(2))
+    assert run.finished_phase(4, "fit@1/../x") is None
+    assert [p.parent for p in run.path.rglob("*.state")] == [run.path / "phases"]
