@@ -272,9 +272,16 @@ def test_a_layer_whose_output_is_to_be_kept_is_not_folded():
     for place in ("stem", "stage1:input", "stage1.0.bn1:input"):
         left = set(batch_norms(fold_batch_norm(model, [place])))
         assert left - set(batch_norms(fold_batch_norm(model))) == {"stage1.0.bn1"}
-    everything = randomise(own("resnet20")())
-    ends = [path for path in batch_norms(everything) if path]
-    assert not batch_norms(fold_batch_norm(everything, ends))
+
+
+def test_outputs_of_batch_norms_may_be_kept_and_folded():
+    model = randomise(own("resnet20")())
+    places = batch_norms(model)
+    folded = fold_batch_norm(model, places)
+    assert not batch_norms(folded)
+    with torch.no_grad(), Taps(model.eval(), places) as one, Taps(folded, places) as other:
+        wanted, got = one(images(32))[1], other(images(32))[1]
+    assert all(far(got[place], wanted[place]) <= 1e-5 for place in places)
 
 
 def test_a_block_that_ends_in_the_layer_shows_its_output_too():
@@ -307,15 +314,31 @@ def test_hooks_on_a_batch_norm_fire_on_the_identity_with_the_same_output():
         lambda m: m[0].register_forward_hook(lambda module, args, output: output * 2),
         lambda m: m[0][0].register_forward_hook(lambda module, args, output: output * 2),
         lambda m: m[1].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        lambda m: m[1][0].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
         lambda m: m[0][0].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     ],
 )
 def test_a_layer_whose_output_a_hook_may_see_or_change_is_not_folded(hook):
-    model = randomise(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
+    parts = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.BatchNorm2d(4))
+    model = randomise(nn.Sequential(*parts))
     hook(model)
     folded = fold_batch_norm(model)
-    assert batch_norms(folded) == ["1"]
+    assert batch_norms(folded) == ["1.0"]
     assert torch.equal(folded(images()), model.eval()(images()))
+
+
+def test_hooks_of_the_original_see_nothing_of_the_trace():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    caught: list[Any] = []
+    model[0].register_forward_hook(lambda module, args, output: caught.append(output))
+    model[0].register_forward_pre_hook(lambda module, args: caught.append(args))
+    assert not batch_norms(fold_batch_norm(model))
+    assert not caught
+
+
+def test_one_pair_that_cannot_be_folded_does_not_hold_up_another():
+    model = nn.Sequential(aliased(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert batch_norms(fold_batch_norm(model)) == ["0.bn"]
 
 
 def test_a_forward_that_stores_what_it_sees_stores_nothing_of_the_trace():
