@@ -11,8 +11,16 @@ from torch import Tensor
 
 from limbeck.data.augment import Augment, uniforms
 
-EVERYTHING = Augment(crop=3, flip=True, zoom=0.5, erase=0.5)
-EACH = [Augment(crop=4), Augment(flip=True), Augment(zoom=0.4), Augment(erase=0.7), EVERYTHING]
+EVERYTHING = Augment(crop=3, flip=True, zoom=0.5, rand_ops=2, erase=0.5)
+EACH = [
+    Augment(crop=4),
+    Augment(flip=True),
+    Augment(zoom=0.4),
+    Augment(rand_ops=1),
+    Augment(erase=0.7),
+    EVERYTHING,
+]
+MIXING = [Augment(mixup=0.4), Augment(cutmix=1.0), Augment(mixup=0.4, cutmix=1.0)]
 
 
 def noise(number: int, channels: int = 3, height: int = 12, width: int = 12) -> Tensor:
@@ -210,10 +218,146 @@ def test_the_first_uniforms_do_not_depend_on_how_many_are_drawn() -> None:
     rows = torch.arange(50)
     few, many = uniforms(rows, 2, seed=0, view=0), uniforms(rows, 10, seed=0, view=0)
     assert torch.equal(few, many[:, :2])
+    assert torch.equal(uniforms(rows, 3, seed=0, view=0, first=4), many[:, 4:7])
+
+
+def black_on_white(augment: Augment, number: int, side: int = 16) -> tuple[Tensor, Tensor]:
+    """White images mixed with black partners, (N, H, W), and what share of them is their own."""
+    white = torch.ones(number, 1, side, side)
+    mixed, share = augment.mix(white, torch.zeros_like(white), torch.arange(number), 3, 1)
+    return mixed[:, 0], share
+
+
+@pytest.mark.parametrize("augment", MIXING, ids=str)
+def test_a_mixture_is_the_same_alone_in_company_and_in_any_order(augment: Augment) -> None:
+    images, partners = noise(41, height=7, width=9).float(), noise(41, height=7, width=9).float()
+    partners, rows = partners.flip(0) / 255, torch.arange(41) * 977 + 3
+    images = images / 255
+    together, share = augment.mix(images, partners, rows, 7, 2)
+    for chosen in [torch.randperm(41), *torch.arange(41).split(3), *torch.arange(41).split(1)]:
+        part, part_share = augment.mix(images[chosen], partners[chosen], rows[chosen], 7, 2)
+        assert torch.equal(part, together[chosen])
+        assert torch.equal(part_share, share[chosen])
+
+
+@pytest.mark.parametrize("augment", MIXING, ids=str)
+def test_view_seed_and_sample_each_change_the_mixture_and_the_partner(augment: Augment) -> None:
+    images, rows = torch.ones(64, 1, 4, 4), torch.arange(64)
+
+    def drawn(rows: Tensor, seed: int, view: int) -> Tensor:
+        share = augment.mix(images, 0 * images, rows, seed, view)[1]
+        return torch.stack([share.double(), augment.partners(rows, 1000, seed, view).double()])
+
+    first = drawn(rows, 0, 0)
+    assert torch.equal(first, drawn(rows, 0, 0))
+    for other in (drawn(rows, 1, 0), drawn(rows, 0, 1), drawn(rows + 64, 0, 0)):
+        assert not torch.equal(first[0], other[0])
+        assert not torch.equal(first[1], other[1])
+
+
+def test_every_position_of_the_split_is_a_partner_about_equally_often() -> None:
+    rows = torch.arange(20_000) * 3
+    partners = Augment(mixup=1.0).partners(rows, 25, seed=0, view=0)
+    counts = torch.bincount(partners)
+    assert len(counts) == 25
+    # 99.99 % of a chi squared variable with 24 degrees of freedom lie below 58.6.
+    assert float(((counts - 800) ** 2 / 800).sum()) < 58.6
+    assert torch.equal(Augment(mixup=1.0).partners(rows[7:9], 25, 0, 0), partners[7:9])
+
+
+def test_a_mixup_of_two_colours_lies_between_them_at_the_own_share() -> None:
+    images, partners = torch.full((200, 3, 4, 5), 0.75), torch.full((200, 3, 4, 5), 0.25)
+    mixed, share = Augment(mixup=0.5).mix(images, partners, torch.arange(200), 0, 0)
+    expected = 0.25 + 0.5 * share.double()
+    assert torch.allclose(mixed.double(), expected.view(-1, 1, 1, 1).expand(mixed.shape), atol=1e-7)
+    assert share.shape == (200,)
+    assert share.dtype == mixed.dtype == torch.float32
+    assert float(share.min()) < 0.05
+    assert float(share.max()) > 0.95
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
+def test_the_share_of_a_mixup_has_the_moments_of_its_beta_distribution(alpha: float) -> None:
+    share = black_on_white(Augment(mixup=alpha), 20_000, side=1)[1].double()
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(float(share.mean()) - 0.5) < 4 * (variance / 20_000) ** 0.5
+    # The fourth central moment of a symmetric beta distribution is below the variance / 4.
+    assert abs(float(share.var()) - variance) < 4 * (variance / 4 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 1e6])
+def test_an_extreme_alpha_gives_shares_from_0_to_1(alpha: float) -> None:
+    for augment in (Augment(mixup=alpha), Augment(cutmix=alpha)):
+        mixed, share = black_on_white(augment, 500)
+        assert bool(((share >= 0) & (share <= 1)).all())
+        assert bool(((mixed >= 0) & (mixed <= 1)).all())
+
+
+def test_a_cutmix_is_one_box_whose_area_is_exactly_what_the_partner_gets() -> None:
+    mixed, share = black_on_white(Augment(cutmix=1.0), 400)
+    assert set(mixed.unique().tolist()) == {0.0, 1.0}
+    for image, own in zip(mixed, share, strict=True):
+        assert float((image == 0).float().mean()) == 1 - float(own)
+        ys, xs = (image == 0).nonzero(as_tuple=True)
+        if len(ys):
+            box = image[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+            assert float(box.max()) == 0
+    assert float(share.min()) < 0.2
+    assert float(share.max()) > 0.98
+
+
+def test_a_cut_box_has_its_middle_anywhere_and_stops_at_the_border() -> None:
+    # So large an alpha leaves no chance: every box has half the area before it is cut off.
+    number, n = 20_000, 16
+    mixed, _ = black_on_white(Augment(cutmix=1e8), number, side=n)
+    covered = (mixed == 0).double().mean(0)
+    side, middle = 0.5**0.5, (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    along = (middle + side / 2).clamp(max=1) - (middle - side / 2).clamp(min=0)
+    assert float((covered - along[:, None] * along).abs().max()) < 5 * 0.5 / number**0.5
+
+
+def test_either_way_of_mixing_is_taken_half_the_time() -> None:
+    mixed, _ = black_on_white(Augment(mixup=8.0, cutmix=1.0), 4000)
+    blended = ((mixed > 0) & (mixed < 1)).flatten(1)
+    assert torch.equal(blended.any(1), blended.all(1))
+    assert abs(float(blended.any(1).double().mean()) - 0.5) < 4 * 0.5 / 4000**0.5
+
+
+def test_without_a_number_of_views_each_seed_and_epoch_has_its_own() -> None:
+    assert Augment(flip=True).distinct is None
+    assert Augment(flip=True).shown(5, 9) == (5, 9)
+
+
+@pytest.mark.parametrize("augment", [*EACH, *MIXING], ids=str)
+def test_views_come_round_again_the_same_for_every_seed(augment: Augment) -> None:
+    few = augment.model_copy(update={"views": 4})
+    assert few.distinct == 4
+    assert [few.shown(seed, 6) for seed in (0, 1, 2)] == [(0, 2)] * 3
+    assert [few.shown(0, epoch)[1] for epoch in range(9)] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+
+
+def test_where_nothing_is_random_there_is_one_view_however_many_are_asked_for() -> None:
+    for augment in (Augment(), Augment(views=7), Augment(rand_magnitude=20)):
+        assert augment.distinct == 1
+        assert augment.shown(3, 5) == (0, 0)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"crop": -1}, {"zoom": 0.0}, {"zoom": 1.5}, {"erase": 1.1}, {"rotate": 3}], ids=str
+    "wrong",
+    [
+        {"crop": -1},
+        {"zoom": 0.0},
+        {"zoom": 1.5},
+        {"erase": 1.1},
+        {"rotate": 3},
+        {"views": 0},
+        {"mixup": -0.1},
+        {"mixup": float("inf")},
+        {"cutmix": float("nan")},
+        {"rand_ops": -1},
+        {"rand_magnitude": 31},
+    ],
+    ids=str,
 )
 def test_what_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

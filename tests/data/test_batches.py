@@ -17,6 +17,7 @@ from limbeck.data.batches import ImageBatches, LoaderBatches
 from limbeck.data.data import ResidentImages, Split
 from limbeck.data.images import FileImages
 from limbeck.errors import UserError
+from limbeck.training.task import View
 
 
 def numbered(number: int, channels: int = 1) -> Split:
@@ -159,8 +160,161 @@ def test_training_pixels_are_those_of_the_augmentation_for_this_epoch() -> None:
 
 def test_without_labels_there_are_none_in_the_batches() -> None:
     split = Split("train", numbered(4).images, None)
-    (batch,) = ImageBatches(split, 4, train=True).epoch(0)
-    assert set(batch) == {"image", "row"}
+    for augment in (Augment(flip=True), Augment(flip=True, mixup=1.0, cutmix=1.0)):
+        (batch,) = ImageBatches(split, 4, train=True, augment=augment).epoch(0)
+        assert set(batch) == {"image", "row"}
+
+
+MIXING = Augment(crop=2, flip=True, zoom=0.6, rand_ops=2, erase=0.5, mixup=0.5, cutmix=1.0)
+
+
+def by_row(batches: ImageBatches, epoch: int) -> dict[str, Tensor]:
+    """An epoch's tensors, sorted by the samples' identities."""
+    every = list(batches.epoch(epoch))
+    order = joined(every, "row").argsort()
+    tensors = [key for key, value in every[0].items() if isinstance(value, Tensor)]
+    return {key: joined(every, key)[order] for key in tensors}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_is_mixed_the_same_from_memory_and_disk_in_batches_of_any_size(
+    stored: tuple[Split, Split], workers: int
+) -> None:
+    disk, memory = stored
+    expected = by_row(ImageBatches(memory, 12, train=True, augment=MIXING), 3)
+    assert set(expected) == {"image", "row", "label", "partner_label", "mix"}
+    for size in (1, 5):
+        batches = ImageBatches(disk, size, train=True, augment=MIXING, workers=workers)
+        assert equal(by_row(batches, 3), expected)
+
+
+@pytest.mark.parametrize("augment", [Augment(mixup=1.0), Augment(cutmix=1.0)], ids=str)
+def test_the_labels_of_a_mixed_image_are_those_of_what_it_shows(augment: Augment) -> None:
+    images = ResidentImages(
+        torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+    )
+    split = Split("train", images, torch.arange(50)).subset(range(49, 3, -3))
+    for batch in ImageBatches(split, 5, train=True, augment=augment).epoch(1):
+        own, partner, mix = batch["label"], batch["partner_label"], batch["mix"]
+        assert torch.equal(own, batch["row"])
+        assert set(partner.tolist()) <= set(split.rows.tolist())
+        mean = batch["image"].double().mean((1, 2, 3)) * 255
+        assert torch.allclose(mean, mix.double() * own + (1 - mix.double()) * partner, atol=1e-4)
+
+
+def test_a_partner_is_shown_in_its_own_view_of_the_epoch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (30, 3, 6, 6), generator=generator, dtype=torch.uint8)
+    split = Split("train", ResidentImages(pixels), torch.arange(30))
+    augment = Augment(crop=2, flip=True, mixup=1.0)
+    found = by_row(ImageBatches(split, 7, seed=6, train=True, augment=augment), 2)
+    alone = augment(pixels, torch.arange(30), 6, 2).double() / 255
+    mix = found["mix"].double().view(-1, 1, 1, 1)
+    expected = mix * alone + (1 - mix) * alone[found["partner_label"]]
+    assert torch.allclose(found["image"].double(), expected, atol=1e-6)
+
+
+def test_evaluation_mixes_nothing() -> None:
+    plain, mixing = (
+        list(ImageBatches(numbered(9), 4, augment=augment).epoch(0))
+        for augment in (Augment(), MIXING)
+    )
+    assert all(equal(a, b) for a, b in zip(plain, mixing, strict=True))
+
+
+@pytest.mark.parametrize("number", [24, 25])
+def test_each_of_several_processes_gets_what_the_one_would_have(
+    stored: tuple[Split, Split], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    split = numbered(number, 3)
+    one = list(ImageBatches(split, 8, train=True, augment=MIXING).epoch(1))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        for whole, part in zip(
+            one, ImageBatches(split, 8, train=True, augment=MIXING).epoch(1), strict=True
+        ):
+            share = part.pop("share")
+            expected = {k: v[rank::3] if share else v[:1] for k, v in whole.items()}
+            assert equal(part, expected)
+            assert share == pytest.approx(len(whole["row"][rank::3]) * 3 / len(whole["row"]))
+
+
+@pytest.mark.parametrize("augment", [Augment(crop=1, flip=True), MIXING], ids=str)
+def test_views_that_come_round_again_show_the_same_pixels_to_every_seed(augment: Augment) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (20, 3, 6, 6), generator=generator, dtype=torch.uint8)
+    split = Split("train", ResidentImages(pixels), torch.arange(20))
+
+    def shown(augment: Augment, seed: int, epoch: int) -> dict[str, Tensor]:
+        return by_row(ImageBatches(split, 8, seed=seed, train=True, augment=augment), epoch)
+
+    few = augment.model_copy(update={"views": 3})
+    first = shown(few, 0, 0)
+    assert equal(first, shown(few, 0, 3))
+    assert equal(first, shown(few, 1, 0))
+    assert equal(first, shown(augment.model_copy(update={"views": 5}), 2, 10))
+    assert not equal(first, shown(few, 0, 1))
+    assert not equal(shown(augment, 0, 0), shown(augment, 0, 3))
+    assert not equal(shown(augment, 0, 0), shown(augment, 1, 0))
+
+
+def view(split: Split, augment: Augment, epoch: int = 0) -> View:
+    found = [b["view"] for b in ImageBatches(split, 4, train=True, augment=augment).epoch(epoch)]
+    assert len(set(found)) == 1
+    assert isinstance(found[0], View)
+    return found[0]
+
+
+def test_a_batch_says_which_of_finitely_many_views_it_shows() -> None:
+    split = numbered(50).subset([3, 9, 20, 31, 42])
+    found = view(split, Augment(flip=True, views=3), epoch=7)
+    assert (found.number, found.of, found.samples, found.rows) == (1, 3, 5, 50)
+    found = view(split, Augment(views=3), epoch=7)
+    assert (found.number, found.of) == (0, 1)
+
+
+def test_a_batch_without_end_of_views_or_for_evaluation_names_none() -> None:
+    split = numbered(8)
+    for batches in (
+        ImageBatches(split, 4, train=True, augment=Augment(flip=True)),
+        ImageBatches(split, 4, augment=Augment(flip=True, views=2)),
+        ImageBatches(split, 4),
+    ):
+        assert all("view" not in batch for batch in batches.epoch(0))
+
+
+def test_a_source_of_views_is_the_images_and_their_augmentation_and_no_number(
+    stored: tuple[Split, Split],
+) -> None:
+    split = numbered(20)
+    source = view(split, Augment(crop=2, views=3)).source
+    assert source == view(split, Augment(crop=2, views=9), epoch=5).source
+    assert source == view(numbered(20).subset([4, 2]), Augment(crop=2, views=3)).source
+    assert source != view(split, Augment(crop=3, views=3)).source
+    assert source != view(numbered(21), Augment(crop=2, views=3)).source
+    assert source != view(stored[0], Augment(crop=2, views=3)).source
+    assert len(source) == 64
+
+
+def test_a_source_of_mixtures_is_the_choice_of_samples_too() -> None:
+    split, augment = numbered(20), Augment(mixup=1.0, views=3)
+    source = view(split, augment).source
+    assert source == view(numbered(20), augment.model_copy(update={"views": 4})).source
+    assert source != view(split.subset(range(19)), augment).source
+    assert source != view(split.subset(range(19, -1, -1)), augment).source
+
+
+def test_pixels_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = numbered(20)
+    before = split.images.fingerprint()
+    monkeypatch.setattr("limbeck.data.data.hashlib.sha256", None)
+    assert split.images.fingerprint() == before
 
 
 @pytest.mark.parametrize(("number", "size", "steps"), [(0, 4, 0), (4, 4, 1), (5, 4, 2), (3, 9, 1)])

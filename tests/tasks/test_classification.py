@@ -112,6 +112,26 @@ def test_the_loss_is_the_mean_cross_entropy_and_needs_labels():
     assert not TASK.labelled({"image": label})
 
 
+def test_the_loss_of_a_mixed_image_is_that_of_both_labels_by_their_shares():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+    batch = {
+        "label": torch.tensor([0, 2]),
+        "partner_label": torch.tensor([1, 2]),
+        "mix": torch.tensor([0.25, 0.6]),
+    }
+    nats = -np.log(softmax(logits.double().numpy()))
+    expected = (0.25 * nats[0, 0] + 0.75 * nats[0, 1] + nats[1, 2]) / 2
+    assert TASK.loss(Answer({"logits": logits}), batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_mixture_that_is_all_its_own_has_the_plain_loss():
+    generator = torch.Generator().manual_seed(0)
+    answer = Answer({"logits": torch.randn(9, 3, generator=generator)})
+    label = torch.arange(9) % 3
+    mixed = {"label": label, "partner_label": label.flip(0), "mix": torch.ones(9)}
+    assert torch.allclose(TASK.loss(answer, mixed), TASK.loss(answer, {"label": label}))
+
+
 def test_answers_are_averaged_as_probabilities_or_as_logits():
     generator = torch.Generator().manual_seed(3)
     logits = [4 * torch.randn(6, 3, generator=generator) for _ in range(3)]

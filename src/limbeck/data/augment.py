@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from limbeck.data.randaugment import rand_augment
 from limbeck.training.seeding import derive
+
+# The first of a sample's uniforms that each of these draws; crop, flip, zoom and erase have 0 to 9.
+# Operations come last, as there is no end to them.
+_PARTNER, _MIX, _OPERATIONS = 10, 11, 32
+
+_Alpha = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Augment(BaseModel):
@@ -17,8 +25,14 @@ class Augment(BaseModel):
 
     ``crop`` pads by so many black pixels and cuts the old size out again (jitter of up to that
     many pixels); ``flip`` mirrors left and right with probability one half; ``zoom`` cuts a square
-    whose side is between ``zoom`` and 1 of the image's and resizes it; ``erase`` is the
+    whose side is between ``zoom`` and 1 of the image's and resizes it; ``rand_ops`` of the 14
+    operations of RandAugment follow, at strength ``rand_magnitude`` of 30; ``erase`` is the
     probability of a grey box over 2 to 20 % of the area.
+
+    ``mixup`` and ``cutmix`` then show every sample together with a partner from its split: blended
+    (Zhang et al. 2018, arXiv 1710.09412) or with a box of the partner's pixels in it (Yun et al.
+    2019, arXiv 1905.04899). The sample's own share is drawn from Beta(alpha, alpha)
+    with ``mixup`` and ``cutmix`` as alpha; where both are given, either has probability one half.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,9 +41,44 @@ class Augment(BaseModel):
     flip: bool = False
     zoom: Annotated[float, Field(gt=0, le=1)] = 1.0
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rand_ops: int = Field(default=0, ge=0, description="operations an image")
+    rand_magnitude: int = Field(default=9, ge=0, le=30)
+    mixup: _Alpha = 0.0
+    cutmix: _Alpha = 0.0
+    views: int | None = Field(
+        default=None,
+        ge=1,
+        description="so many views of each sample: epoch e shows view e mod views, the same for "
+        "every seed; a fresh one each epoch if not given",
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a sample is shown together with a partner."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def distinct(self) -> int | None:
+        """How many views of a sample there are: one if nothing is random, ``None`` if no end."""
+        return self.views if self._changes or self.mixes else 1
+
+    @property
+    def _changes(self) -> bool:
+        """Whether an image changes by itself."""
+        return bool(self.crop or self.flip or self.zoom < 1 or self.rand_ops or self.erase)
+
+    def shown(self, seed: int, epoch: int) -> tuple[int, int]:
+        """The seed and the view by which an epoch of a run with ``seed`` shows its samples.
+
+        >>> Augment(flip=True).shown(seed=3, epoch=7)
+        (3, 7)
+        >>> Augment(flip=True, views=5).shown(seed=3, epoch=7)
+        (0, 2)
+        """
+        return (seed, epoch) if self.distinct is None else (0, epoch % self.distinct)
 
     def __call__(self, pixels: Tensor, rows: Tensor, seed: int, view: int) -> Tensor:
-        """Augment a batch.
+        """Augment a batch, each image by itself; :meth:`mix` does the rest.
 
         Args:
             pixels: uint8 of shape (B, C, H, W).
@@ -41,29 +90,73 @@ class Augment(BaseModel):
             uint8 of shape (B, C, H, W); the same arguments give the same pixels, whatever else
             is in the batch.
         """
-        if not (self.crop or self.flip or self.zoom < 1 or self.erase):
+        if not self._changes:
             return pixels
         chance = uniforms(rows, 10, seed, view).to(pixels.device)
         if self.crop or self.flip:
             pixels = _shift(pixels, self.crop, self.flip, chance)
         if self.zoom < 1:
             pixels = _zoom(pixels, self.zoom, chance)
+        if self.rand_ops:
+            # Left on the CPU, where the batch is sorted by what was drawn.
+            draws = uniforms(rows, self.rand_ops, seed, view, first=_OPERATIONS)
+            pixels = rand_augment(pixels, draws, self.rand_magnitude)
         if self.erase:
             pixels = _erase(pixels, self.erase, chance)
         return pixels
 
+    def partners(self, rows: Tensor, number: int, seed: int, view: int) -> Tensor:
+        """Which of a split's ``number`` positions each sample is mixed with, int64 (B,).
 
-def uniforms(rows: Tensor, number: int, seed: int, view: int) -> Tensor:
+        Never the neighbour in the batch: what is remembered of a view must be true of it in
+        every batch.
+        """
+        return (uniforms(rows, 1, seed, view, first=_PARTNER)[:, 0] * number).long()
+
+    def mix(
+        self, images: Tensor, partners: Tensor, rows: Tensor, seed: int, view: int
+    ) -> tuple[Tensor, Tensor]:
+        """Mix each image with its partner's.
+
+        Args:
+            images: float of shape (B, C, H, W), augmented.
+            partners: the partners' images, likewise.
+            rows: int64 of shape (B,), the identities of the samples and not of their partners.
+            seed: the run's seed.
+            view: which of a sample's views is wanted.
+
+        Returns:
+            The mixed images, and each image's share of its mixture, float of shape (B,).
+        """
+        chance = uniforms(rows, 4, seed, view, first=_MIX)
+        cut = chance[:, 0] < (self.cutmix > 0) / (1 + (self.mixup > 0))
+        share = _beta(chance[:, 1], np.where(cut.numpy(), self.cutmix, self.mixup))
+        # A blend is a cut without a box.
+        side = cut * (1 - share).sqrt()
+        height, width = images.shape[2:]
+        inside_y = _span(chance[:, 2] - side / 2, side, height)
+        inside_x = _span(chance[:, 3] - side / 2, side, width)
+        kept = height * width - inside_y.sum(1) * inside_x.sum(1)
+        share = torch.where(cut, kept / (height * width), share.float())
+        outside = torch.where(cut, 1.0, share)
+        inside_y, inside_x, outside = (t.to(images.device) for t in (inside_y, inside_x, outside))
+        box = inside_y[:, None, :, None] & inside_x[:, None, None, :]
+        weight = torch.where(box, 0.0, outside[:, None, None, None])
+        return images * weight + partners * (1 - weight), share
+
+
+def uniforms(rows: Tensor, number: int, seed: int, view: int, first: int = 0) -> Tensor:
     """Random numbers in [0, 1) that belong to samples: float64 of shape (B, number).
 
-    SplitMix64 (Steele et al. 2014) over a counter made of sample, view and seed.
+    SplitMix64 (Steele et al. 2014) over a counter made of sample, view and seed. Each sample has
+    an endless row of them for a view, of which those from ``first`` on are given.
 
     >>> a = uniforms(torch.tensor([3, 5]), 2, seed=0, view=1)
     >>> torch.equal(a[1:], uniforms(torch.tensor([5]), 2, seed=0, view=1))
     True
     """
     base = derive(seed, view)
-    lanes = torch.arange(number, dtype=torch.int64)
+    lanes = torch.arange(first, first + number, dtype=torch.int64)
     state = _mix(rows.cpu()[:, None] * _signed(0x9E3779B97F4A7C15) + _signed(base))
     state = _mix(state + (lanes + 1) * _signed(0xD1B54A32D192ED03))
     return (_shift_right(state, 11)).to(torch.float64) * 2.0**-53
@@ -85,19 +178,20 @@ def _signed(value: int) -> int:
 
 def _shift(pixels: Tensor, padding: int, flip: bool, chance: Tensor) -> Tensor:
     """Crop with padding and flip, as one gather."""
-    batch, _, height, width = pixels.shape
+    batch, channels, height, width = pixels.shape
     device = pixels.device
-    offsets = (chance[:, :2] * (2 * padding + 1)).long()
     padded = F.pad(pixels, (padding,) * 4) if padding else pixels
-    rows = offsets[:, :1] + torch.arange(height, device=device)
-    columns = torch.arange(width, device=device).expand(batch, width)
+    top, left = (chance[:, :2] * (2 * padding + 1)).long().T
+    rows = top[:, None] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
     if flip:
-        columns = torch.where(chance[:, 2:3] < 0.5, columns.flip(1), columns)
-    columns = offsets[:, 1:] + columns
-    samples = torch.arange(batch, device=device)[:, None, None]
-    cut = padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]]
-    # In rows of channels again, since a model may look at its input with .view
-    return cut.permute(0, 3, 1, 2).contiguous()
+        columns = torch.where(chance[:, 2:3] < 0.5, columns.flip(0), columns)
+    columns = left[:, None] + columns
+    # Places in the flattened image, one for all channels: several times as fast as an index for
+    # each dimension.
+    places = (rows * padded.shape[3])[:, :, None] + columns[:, None, :]
+    places = places.view(batch, 1, height * width).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, places).view(pixels.shape)
 
 
 def _zoom(pixels: Tensor, least: float, chance: Tensor) -> Tensor:
@@ -116,11 +210,21 @@ def _zoom(pixels: Tensor, least: float, chance: Tensor) -> Tensor:
 def _erase(pixels: Tensor, probability: float, chance: Tensor) -> Tensor:
     _, _, height, width = pixels.shape
     side = (0.02 + 0.18 * chance[:, 6]).sqrt()
-    y = (torch.arange(height, device=pixels.device) + 0.5) / height
-    x = (torch.arange(width, device=pixels.device) + 0.5) / width
-    top, left = chance[:, 8] * (1 - side), chance[:, 9] * (1 - side)
-    inside_y = (y >= top[:, None]) & (y < (top + side)[:, None])
-    inside_x = (x >= left[:, None]) & (x < (left + side)[:, None])
+    inside_y = _span(chance[:, 8] * (1 - side), side, height)
+    inside_x = _span(chance[:, 9] * (1 - side), side, width)
     box = inside_y[:, None, :, None] & inside_x[:, None, None, :]
     chosen = (chance[:, 7] < probability)[:, None, None, None]
     return torch.where(box & chosen, torch.full_like(pixels, 127), pixels)
+
+
+def _span(start: Tensor, side: Tensor, size: int) -> Tensor:
+    """Which of ``size`` pixels in a row have their middle in a span of it, bool (B, size)."""
+    middles = (torch.arange(size, device=start.device) + 0.5) / size
+    return (middles >= start[:, None]) & (middles < (start + side)[:, None])
+
+
+def _beta(chance: Tensor, alpha: np.typing.NDArray[np.float64]) -> Tensor:
+    """The values of Beta(alpha, alpha) below which lies a share ``chance`` of them."""
+    from scipy.special import betaincinv
+
+    return torch.from_numpy(betaincinv(alpha, alpha, chance.numpy()))

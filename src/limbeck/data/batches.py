@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,11 +16,15 @@ from limbeck.data.augment import Augment
 from limbeck.data.data import Images, ResidentImages, Split
 from limbeck.errors import UserError
 from limbeck.training.seeding import derive
-from limbeck.training.task import Batch
+from limbeck.training.task import Batch, View
 
 
 class ImageBatches:
     """Batches of a split: ``image`` float (B, C, H, W) in [0, 1], ``row`` int64, ``label`` int64.
+
+    Training batches hold a :class:`View`, ``view``, where there are finitely many, and mixed ones
+    the partners' labels, ``partner_label`` int64, with the labels' own share, ``mix`` float in
+    [0, 1].
 
     Args:
         split: the samples; without labels there is no ``label`` in the batches.
@@ -61,37 +67,74 @@ class ImageBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step ``start`` on, this process's share of each."""
-        chunks = list(self.order(epoch).split(self.batch_size))[start:]
+        chunks = list(self._wanted(epoch).split(self.batch_size, 1))[start:]
         rank, world = 0, 1
         if self.train and dist.is_available() and dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
         # A process left without a sample takes one with no weight, so that all step together.
-        mine = [c[rank::world] if len(c) > rank else c[:1] for c in chunks]
-        for chunk, positions, pixels in zip(chunks, mine, self._pixels(mine), strict=True):
-            rows = self.split.rows[positions]
-            pixels = pixels.to(self.device)
-            if self.train:
-                pixels = self.augment(pixels, rows, self.seed, epoch)
-            batch: Batch = {"image": pixels.float().div_(255), "row": rows}
-            if self.split.labels is not None:
-                batch["label"] = self.split.labels[positions]
+        mine = [c[:, rank::world] if c.shape[1] > rank else c[:, :1] for c in chunks]
+        for chunk, wanted, pixels in zip(chunks, mine, self._pixels(mine), strict=True):
+            batch = self._batch(wanted, pixels.to(self.device), epoch)
             if world > 1:
-                share = len(positions) * world / len(chunk) if len(chunk) > rank else 0.0
-                batch["share"] = share
+                size = chunk.shape[1]
+                batch["share"] = wanted.shape[1] * world / size if size > rank else 0.0
             yield batch
+
+    def _wanted(self, epoch: int) -> Tensor:
+        """Positions of an epoch's samples in order, (1, N), over those of partners, (2, N)."""
+        order = self.order(epoch)
+        if not (self.train and self.augment.mixes):
+            return order[None]
+        seed, view = self.augment.shown(self.seed, epoch)
+        partners = self.augment.partners(self.split.rows[order], len(order), seed, view)
+        return torch.stack([order, partners])
+
+    def _batch(self, wanted: Tensor, pixels: Tensor, epoch: int) -> Batch:
+        """A batch of the samples at these positions, (1, B) or with partners (2, B)."""
+        rows = self.split.rows[wanted]
+        seed, view = self.augment.shown(self.seed, epoch)
+        if self.train:
+            pixels = self.augment(pixels, rows.flatten(), seed, view)
+        batch: Batch = {"image": pixels.float().div_(255), "row": rows[0]}
+        if self.split.labels is not None:
+            batch["label"] = self.split.labels[wanted[0]]
+        if len(wanted) > 1:
+            images, partners = batch["image"].chunk(2)
+            batch["image"], mix = self.augment.mix(images, partners, rows[0], seed, view)
+            if self.split.labels is not None:
+                batch |= {"partner_label": self.split.labels[wanted[1]], "mix": mix}
+        if self.train and self.augment.distinct is not None:
+            batch["view"] = View(
+                source=self._source,
+                number=view,
+                of=self.augment.distinct,
+                samples=len(self.split),
+                rows=len(self.split.images),
+            )
+        return batch
+
+    @cached_property
+    def _source(self) -> str:
+        augment = self.augment.model_dump_json(exclude={"views"})
+        digest = hashlib.sha256(f"{self.split.images.fingerprint()} {augment}".encode())
+        if self.augment.mixes:
+            # A partner is a position in the split, so other samples make other mixtures.
+            digest.update(self.split.rows.numpy().tobytes())
+        return digest.hexdigest()
 
     def _pixels(self, chunks: list[Tensor]) -> Iterator[Tensor]:
         images = self.split.images
         if isinstance(images, ResidentImages):
             pixels = images.on(self.device)
             for positions in chunks:
-                yield pixels[self.split.rows[positions].to(pixels.device)]
+                rows = self.split.rows[positions].flatten()
+                yield pixels.index_select(0, rows.to(pixels.device))
             return
         if not chunks:
             return
         for read in DataLoader(
             _Rows(images),
-            batch_sampler=[self.split.rows[c].tolist() for c in chunks],
+            batch_sampler=[self.split.rows[c].flatten().tolist() for c in chunks],
             collate_fn=_stacked,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",

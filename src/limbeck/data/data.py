@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -57,7 +58,11 @@ class ResidentImages:
         return self.pixels
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.pixels.cpu().numpy().tobytes()).hexdigest()
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(self.pixels.cpu().flatten().numpy().data).hexdigest()
 
 
 _EVERY = torch.empty(0, dtype=torch.int64)

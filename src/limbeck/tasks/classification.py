@@ -35,6 +35,7 @@ class Classification(Task):
     """
 
     name: ClassVar[str] = "classification"
+    distributions: ClassVar[tuple[str, ...]] = ("logits",)
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
@@ -75,16 +76,25 @@ class Classification(Task):
         if taps is None or not taps.paths:
             return Answer({"logits": model_output(network(batch["image"]))})
         output, features = taps.watch(network, batch["image"])
-        return Answer({"logits": model_output(output)}, features)
+        return Answer({} if output is None else {"logits": model_output(output)}, features)
 
     def loss(self, answer: Answer, batch: Batch) -> Tensor:
-        """Cross-entropy, mean over the batch."""
+        """Cross-entropy, mean over the batch; of a mixed image with both labels, by their shares.
+
+        Mixed batches hold ``partner_label`` (B,) and ``mix`` (B,), the share of ``label``.
+        """
         if "label" not in batch:
             raise UserError(
                 "the data has no labels, which the supervised loss needs; set the method's label "
                 "weight to 0, or give a labelled set"
             )
-        return F.cross_entropy(answer["logits"].float(), batch["label"])
+        logits = answer["logits"].float()
+        if "mix" not in batch:
+            return F.cross_entropy(logits, batch["label"])
+        own = F.cross_entropy(logits, batch["label"], reduction="none")
+        partner = F.cross_entropy(logits, batch["partner_label"], reduction="none")
+        mix: Tensor = batch["mix"]
+        return (mix * own + (1 - mix) * partner).mean()
 
     def combine(
         self,
@@ -120,13 +130,14 @@ class Classification(Task):
         for batch in self.batches(split, batch_size=256).epoch(0):
             if "label" not in batch:
                 raise UserError("what a network is measured on needs labels, and these have none")
-            batch["image"] = batch["image"].to(self.device)
-            logits.append(self.answer(network, batch)["logits"].float().cpu())
-            labels.append(batch["label"].cpu())
+            batch["image"] = batch["image"].to(self.device, non_blocking=True)
+            logits.append(self.answer(network, batch)["logits"].float())
+            labels.append(batch["label"])
         network.train(was_training)
         if not sum(map(len, logits)):
             raise UserError("there are no samples to measure on")
-        return torch.cat(logits), torch.cat(labels)
+        # Read once at the end, so that the host does not wait for each batch.
+        return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
     def measure(
         self, network: Network | Teacher, split: Split | DataLoader[Any]

@@ -39,7 +39,34 @@ class Answer:
     weights: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.outputs:
+            raise KeyError(
+                f"the answer has no {name!r}, only {sorted(self.outputs)}; a method with "
+                "teacher_outputs = False gets the teacher's features alone"
+            )
         return self.outputs[name]
+
+
+@dataclass(frozen=True)
+class View:
+    """Which of a training set's finitely many views a batch shows, in ``batch["view"]``.
+
+    A row, a view's number and its source decide a sample's pixels, so what a frozen teacher says
+    about them can be remembered and is true in every run that meets the three again.
+
+    Attributes:
+        source: a hash of the images and of how they are augmented, the number of views left out.
+        number: the view that is shown, 0 <= number < of.
+        of: how many views there are.
+        samples: how many samples the split has.
+        rows: every ``batch["row"]`` lies below this.
+    """
+
+    source: str
+    number: int
+    of: int
+    samples: int
+    rows: int
 
 
 class Batches(Protocol):
@@ -61,10 +88,12 @@ class Batches(Protocol):
 class Task(ABC):
     """What a batch means in a domain: how a model is run on it, its loss, its measures.
 
-    ``metric`` names the measure that decides (a key of what :meth:`measure` returns).
+    ``metric`` names the measure that decides (a key of what :meth:`measure` returns);
+    ``distributions`` the outputs that are logits over classes, in the last dimension.
     """
 
     name: ClassVar[str]
+    distributions: ClassVar[tuple[str, ...]] = ()
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
 
@@ -76,7 +105,11 @@ class Task(ABC):
 
     @abstractmethod
     def run(self, network: Network, batch: Batch, taps: Taps | None = None) -> Answer:
-        """Run a network on a batch; ``taps``, if any, watch its model."""
+        """Run a network on a batch; ``taps``, if any, watch its model.
+
+        Taps may stop the pass; the model's output is then ``None``, and the answer has features
+        only.
+        """
 
     @abstractmethod
     def loss(self, answer: Answer, batch: Batch) -> Tensor:
