@@ -69,3 +69,42 @@ def test_a_tapped_model_compiles_as_one_graph():
     output, features = compiled(x)
     assert torch.allclose(output, model(x))
     assert torch.allclose(features["0"], model[0](x))
+
+
+def test_a_pass_may_end_at_the_last_tap():
+    model, x, ran = block(), torch.randn(5, 4), []
+    model[2].register_forward_hook(lambda *_: ran.append(True))
+    whole, taps = Taps(model, ["0", "1"]), Taps(model, ["1", "0"], stop=True)
+    expected = whole(x)[1]
+    taps(x)  # the first pass is a whole one
+    ran.clear()
+    output, features = taps(x)
+    assert output is None
+    assert not ran
+    assert list(features) == ["1", "0"]
+    assert all(torch.equal(features[path], expected[path]) for path in features)
+
+
+def test_a_tap_that_fires_twice_is_found_before_a_pass_is_cut_short():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    with pytest.raises(UserError, match="fired 2 times"):
+        Taps(model, ["0"], stop=True)(torch.zeros(1, 4))
+
+
+def test_a_tapped_model_compiles_as_one_graph_and_gives_what_it_gave():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+    x = torch.randn(2, 1, 5, 5)
+    taps = Taps(model, ["0", "1", "2:input"])
+    expected, features = taps(x)
+    torch.compiler.reset()
+    # without an optimising backend nothing may change, and fullgraph forbids a break
+    model.compile(backend="eager", fullgraph=True)
+    for _ in range(2):
+        model[1].reset_running_stats()
+        output, compiled = taps(x)
+        assert torch.equal(output, expected)
+        assert all(torch.equal(compiled[path], features[path]) for path in features)
+    output.sum().backward()
+    assert model[0].weight.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from limbeck.errors import UserError, did_you_mean
+
+
+class _Enough(Exception):
+    """Ends a pass in which everything wanted has been seen."""
 
 
 class Taps:
@@ -22,6 +27,8 @@ class Taps:
     Args:
         model: any module; it is not rewritten, and :meth:`remove` leaves no trace.
         paths: the places wanted, in the order in which they are returned.
+        stop: end a pass as soon as everything wanted is there; the output is then ``None``. The
+            first pass is a whole one, which finds taps that fire twice.
 
     Raises:
         UserError: a path that names no module (with the near names); on a call, a tap that did
@@ -36,9 +43,11 @@ class Taps:
         torch.Size([2, 3])
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, paths: Iterable[str], stop: bool = False) -> None:
         self.model = model
         self.paths = tuple(dict.fromkeys(paths))
+        self.stop = stop and bool(self.paths)
+        self._tried = False
         self._caught: dict[str, Tensor] = {}
         self._fired: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
@@ -60,6 +69,8 @@ class Taps:
                 value = value[0]
             self._caught[path] = value
             self._fired[path] = self._fired.get(path, 0) + 1
+            if self.stop and self._tried and len(self._fired) == len(self.paths):
+                raise _Enough
 
         if wants_input:
             return module.register_forward_pre_hook(lambda _, args: catch(args))
@@ -74,7 +85,10 @@ class Taps:
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a callable that ends up in the model, a wrapper around it for instance."""
         self._caught, self._fired = {}, {}
-        output = run(*args, **kwargs)
+        output = None
+        with suppress(_Enough):
+            output = run(*args, **kwargs)
+        self._tried = True
         caught, self._caught = self._caught, {}
         for path in self.paths:
             times = self._fired.get(path, 0)
