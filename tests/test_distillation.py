@@ -6,9 +6,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import limbeck
 from limbeck import KD, Distiller, Method, UserError
 from limbeck.tasks.classification import Classification
+from limbeck.training.engine import Engine
 from limbeck.training.phases import Training
 from limbeck.training.task import Answer, Batch, Terms
-from limbeck.training.trainer import Engine
 
 CPU = Engine(device="cpu")
 

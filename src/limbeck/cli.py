@@ -39,6 +39,10 @@ Set = Annotated[
 Seed = Annotated[int | None, typer.Option(help="of the first comparison", min=0)]
 Seeds = Annotated[int | None, typer.Option(help="how many paired comparisons", min=1)]
 Out = Annotated[Path | None, typer.Option(help="the run folder; it must not exist yet")]
+CacheTeacher = Annotated[
+    bool, typer.Option("--cache-teacher", help="remember the teacher's answers on disk, in fp16")
+]
+ProfileSteps = Annotated[bool, typer.Option("--profile", help="say where a step's time goes")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -146,6 +150,8 @@ def run(
     assign: Set = None,
     seed: Seed = None,
     seeds: Seeds = None,
+    cache_teacher: CacheTeacher = False,
+    profile: ProfileSteps = False,
     out: Out = None,
 ) -> None:
     """Run a system end to end: teacher, plain student, distilled student, report."""
@@ -168,6 +174,8 @@ def run(
         assign=assign,
         seed=seed,
         seeds=seeds,
+        cache_teacher=cache_teacher,
+        profile=profile,
         out=out,
     )
 
@@ -181,6 +189,8 @@ def _start(
     assign: Sequence[str] | None = None,
     seed: int | None = None,
     seeds: int | None = None,
+    cache_teacher: bool = False,
+    profile: bool = False,
     out: Path | None = None,
 ) -> None:
     from limbeck import recipes
@@ -195,10 +205,15 @@ def _start(
         given["seed"] = seed
     if seeds is not None:
         given["seeds"] = seeds
+    if profile:
+        given["engine"] = {"profile": True}
     values = recipes.merged(values, given)
     if teacher is not None:
         values = recipes.with_teachers(values, [teacher])
-    start(recipes.validate(recipes.assigned(values, assign or ())), out)
+    values = recipes.assigned(values, assign or ())
+    if cache_teacher:
+        values = recipes.with_cache(values)
+    start(recipes.validate(values), out)
 
 
 @app.command(
@@ -217,6 +232,8 @@ def distill(
     assign: Set = None,
     seed: Seed = None,
     seeds: Seeds = None,
+    cache_teacher: CacheTeacher = False,
+    profile: ProfileSteps = False,
     out: Out = None,
 ) -> None:
     """Distil your own teacher into your own student on your own data."""
@@ -229,7 +246,15 @@ def distill(
         training={"epochs": epochs, "batch_size": batch_size, "lr": lr},
     )
     values = recipes.with_teachers({**values, "baseline": baseline}, teacher)
-    _start(values, assign=assign, seed=seed, seeds=seeds, out=out)
+    _start(
+        values,
+        assign=assign,
+        seed=seed,
+        seeds=seeds,
+        cache_teacher=cache_teacher,
+        profile=profile,
+        out=out,
+    )
 
 
 @app.command(epilog="Example: limbeck train --model resnet32 --data folder:photos --epochs 30")
@@ -241,6 +266,7 @@ def train(
     lr: Annotated[float, typer.Option(help="peak learning rate of AdamW")] = 1e-3,
     assign: Set = None,
     seed: Seed = None,
+    profile: ProfileSteps = False,
     out: Out = None,
 ) -> None:
     """Train a model on labels alone: a teacher to be."""
@@ -252,7 +278,7 @@ def train(
         student=model,
         training={"epochs": epochs, "batch_size": batch_size, "lr": lr},
     )
-    _start(values, assign=assign, seed=seed, out=out)
+    _start(values, assign=assign, seed=seed, profile=profile, out=out)
 
 
 @app.command(epilog="Example: limbeck resume runs/kd-digits-20260101-120000")

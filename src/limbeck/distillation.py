@@ -27,6 +27,8 @@ from limbeck.report.verdict import verdict
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks.classification import Classification
 from limbeck.training.bench import Bench, Candidate
+from limbeck.training.cache import Cache
+from limbeck.training.engine import Engine
 from limbeck.training.method import Method
 from limbeck.training.network import Network
 from limbeck.training.phases import Training
@@ -34,7 +36,7 @@ from limbeck.training.progress import Voice
 from limbeck.training.run import RESULT, Run
 from limbeck.training.task import model_output
 from limbeck.training.teacher import Teacher
-from limbeck.training.trainer import Engine, Trainer
+from limbeck.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def distill(
     if not classes:
         classes = tuple(str(c) for c in range(_outputs(networks[0], view)))
     bench = Bench(
+        engine=engine,
         task=Classification(classes, device=device),
         candidates=[Candidate(network) for network in networks],
         make_student=lambda _: copy.deepcopy(fresh),
@@ -277,6 +280,7 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
         candidates.append(Candidate(network, training, own_task))
     make_student(recipe.seed)  # a model that cannot be built is found before the run folder is made
     bench = Bench(
+        engine=recipe.engine,
         task=task(),
         train=train,
         transfer=transfer,
@@ -340,6 +344,8 @@ def _outputs(network: Network, view: tuple[int, int, int]) -> int:
 
 
 def _device(engine: Engine) -> torch.device:
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
     device: torch.device = PartialState(cpu=engine.on_cpu()).device
     return device
 
@@ -356,6 +362,7 @@ def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
     path = Path(names[0])
     if state.is_main_process:
         Run.check_free(path)
+    _remember(job, path)
     job.method.rehearse(job.bench)
     if state.is_main_process:
         Run.create(path, recipe)
@@ -371,8 +378,17 @@ def _fresh_name(facts: Mapping[str, Any]) -> Path:
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 
 
+def _remember(job: _Job, path: Path) -> None:
+    """Lay out the cache of the teachers' answers: beside the run folder, unless told otherwise."""
+    engine = job.engine
+    if engine.cache is not None:
+        folder = engine.cache_folder or path.absolute().parent / "teacher-cache"
+        job.bench.cache = Cache(folder, engine.cache, job.bench.voice)
+
+
 def _carry_out(job: _Job, run: Run) -> Run:
     state, bench = PartialState(), job.bench
+    _remember(job, run.path)
     if not state.is_main_process:
         Trainer(run, job.engine, bench.voice).work(job.method.phases(bench))
         return run

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from limbeck.catalogue import System, system
 from limbeck.data.augment import Augment
 from limbeck.errors import UserError, did_you_mean
+from limbeck.training.engine import Engine
 from limbeck.training.method import Method, Sum, Supervised
 from limbeck.training.parameters import reason_of
 from limbeck.training.phases import Training
-from limbeck.training.trainer import Engine
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
 Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -179,6 +179,19 @@ def with_teachers(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     before = _teachers(result)[0]
     result["teachers"] = [merged(before, {"model": name}) for name in names]
     return result
+
+
+VIEWS = 4
+"""So many views of a sample are remembered unless a recipe says how many."""
+
+
+def with_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe values that remember the teacher's answers, of a finite number of views.
+
+    >>> with_cache({"data": {"augment": {"crop": 2}}})["data"]
+    {'augment': {'views': 4, 'crop': 2}}
+    """
+    return merged({"engine": {"cache": "fp16"}, "data": {"augment": {"views": VIEWS}}}, values)
 
 
 def _teachers(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

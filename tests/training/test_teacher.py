@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 from limbeck.errors import UserError
+from limbeck.models import Input, build
 from limbeck.tasks.classification import Classification
 from limbeck.training.network import Network
+from limbeck.training.task import View
 from limbeck.training.teacher import Teacher
 
 TASK = Classification(["a", "b", "c"])
@@ -93,3 +95,84 @@ def test_plain_modules_are_wrapped():
     network = Network(net())
     assert Teacher(network).networks[0] is network
     assert isinstance(Teacher(net()).networks[0], Network)
+
+
+def residual(seed: int = 0) -> Network:
+    shape = Input(3, (16, 16), (0.5,) * 3, (0.5,) * 3)
+    network = build("resnet8", ["a", "b", "c"], shape, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return network
+
+
+def photos(n: int = 20) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {"image": torch.rand(n, 3, 16, 16)}
+
+
+STAGES = ("stem", "stage1", "stage2")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_folded_teacher_answers_as_it_did_up_to_rounding(layout):
+    plain, folded = Teacher(residual(), fold=False), Teacher(residual().lay_out(layout))
+    for teacher in (plain, folded):
+        teacher.tap(STAGES)
+    one, other = plain(TASK, photos()), folded(TASK, photos())
+    assert torch.allclose(one["logits"], other["logits"], atol=1e-5)
+    assert all(torch.allclose(one.features[p], other.features[p], atol=1e-5) for p in STAGES)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in folded.networks[0].modules())
+
+
+def test_the_copies_that_answer_share_the_weights_that_are_not_folded():
+    network = residual()
+    teacher = Teacher(network, fold=False)
+    before = teacher(TASK, photos())["logits"]
+    with torch.no_grad():
+        network.model.fc.weight.mul_(2)
+        network.model.fc.bias.mul_(2)
+    assert torch.allclose(teacher(TASK, photos())["logits"], 2 * before)
+
+
+def test_a_method_that_reads_features_alone_lets_the_teacher_stop_at_the_last_tap():
+    network, ran = residual(), []
+    network.model.stage3.register_forward_hook(lambda *_: ran.append(True))
+    teacher = Teacher(network)
+    teacher.tap(STAGES, outputs=False)
+    first = teacher(TASK, photos())
+    ran.clear()
+    second = teacher(TASK, photos())
+    assert not ran
+    assert not first.outputs
+    assert not second.outputs
+    assert all(torch.equal(first.features[p], second.features[p]) for p in STAGES)
+    with pytest.raises(KeyError, match="teacher_outputs = False"):
+        second["logits"]
+
+
+def test_a_teacher_may_answer_in_lower_precision_and_keep_its_weights():
+    network = residual()
+    exact = Teacher(network)(TASK, photos())["logits"]
+    rough = Teacher(network, precision=torch.bfloat16)(TASK, photos())["logits"]
+    assert rough.dtype == torch.bfloat16
+    assert torch.allclose(rough.float(), exact, atol=0.05 * float(exact.abs().max()))
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+
+
+def test_the_surrounding_precision_does_not_reach_a_teacher_that_has_its_own():
+    teacher = Teacher(residual(), precision=torch.float32)
+    exact = teacher(TASK, photos())["logits"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher(TASK, photos())["logits"], exact)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 15])
+def test_an_answer_does_not_depend_on_how_many_are_asked_for(size):
+    teacher, x = Teacher(residual()), photos(40)
+    view = View("here", 0, 1, 40, 40)
+    whole = teacher(TASK, {**x, "row": torch.arange(40), "view": view})["logits"]
+    part = {"image": x["image"][5 : 5 + size], "row": torch.arange(5, 5 + size), "view": view}
+    assert torch.equal(teacher(TASK, part)["logits"], whole[5 : 5 + size])

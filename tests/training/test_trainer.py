@@ -11,10 +11,11 @@ from limbeck.data.augment import Augment
 from limbeck.data.batches import ImageBatches
 from limbeck.data.data import ResidentImages, Split
 from limbeck.errors import UserError
+from limbeck.training.engine import Engine
 from limbeck.training.phases import Fit, Solve, Training, Update
 from limbeck.training.progress import Voice
 from limbeck.training.run import Run
-from limbeck.training.trainer import Engine, Interrupted, Trainer
+from limbeck.training.trainer import Interrupted, Trainer
 
 QUICK = Engine(device="cpu", checkpoint_seconds=0.0, log_every=3)
 
@@ -165,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path
     def terms(batch):
         steps["n"] += 1
         good = model(batch["image"]).square().mean()
-        return {"fine": good, "odd": good * (float("nan") if steps["n"] > 5 else 1.0)}
+        return {"fine": good, "odd": good * (float("nan") if steps["n"] > 6 else 1.0)}
 
     fit = Fit(
         name="fit",
@@ -175,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path
     )
     run = Run.create(tmp_path / "run", {"test": True})
     engine = QUICK.model_copy(update={"checkpoint_seconds": 1e9})
-    # the audit of the first batch calls the terms once before step 1
+    # before step 1 the terms are called twice: to count the work and to audit the first batch
     with pytest.raises(UserError, match="'odd' became NaN or infinite at step 5 of phase 'fit'"):
         Trainer(run, engine, Voice(quiet=True)).work(iter_phases(fit))
 
@@ -286,3 +287,70 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
         pass
     with run.held():
         pass
+
+
+def test_a_profile_says_where_the_time_of_a_step_goes(tmp_path):
+    engine = QUICK.model_copy(update={"profile": True, "checkpoint_seconds": 1e9})
+    _, run = train(tmp_path / "run", engine)
+    profile = json.loads((run.path / "profile" / "second.json").read_text())
+    assert {"data", "backward", "optimiser", "other"} <= set(profile["parts"])
+    assert profile["steps"] == 5
+    parts = sum(row["ms"] for row in profile["parts"].values())
+    assert parts == pytest.approx(profile["ms_per_step"])
+    trace = json.loads((run.path / "profile" / "second.trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"data", "backward", "optimiser"} <= names
+
+
+def test_a_profile_changes_nothing_that_is_learnt(tmp_path):
+    parts, run = train(tmp_path / "plain")
+    again, profiled = train(tmp_path / "profiled", QUICK.model_copy(update={"profile": True}))
+    assert same(parts["a"], again["a"])
+    assert run.metrics() == profiled.metrics()
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam", "adamw"])
+def test_a_fused_optimiser_takes_the_same_steps_up_to_rounding(optimiser):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(50, generator=generator)
+    gradients = torch.randn(20, 50, generator=generator)
+    ends = []
+    for fused in (True, False):
+        weight = nn.Parameter(start.clone())
+        steps = Training(optimiser=optimiser, lr=0.01).build([weight], fused)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            steps.step()
+        ends.append(weight.detach())
+    assert torch.allclose(ends[0], ends[1], atol=1e-6)
+    assert not torch.allclose(ends[0], start, atol=1e-2)
+
+
+def test_little_work_is_done_on_one_thread_and_a_resumed_run_keeps_their_number(tmp_path):
+    before = torch.get_num_threads()
+    seen = []
+
+    def terms(model):
+        def watched(batch):
+            seen.append(torch.get_num_threads())
+            return {"l": nn.functional.cross_entropy(model(batch["image"]), batch["label"])}
+
+        return watched
+
+    def fit(model):
+        update = Update(train={"m": model}, terms=terms(model), settings=Training())
+        return Fit(name="fit", updates=[update], batches=batches(), epochs=1)
+
+    torch.set_num_threads(2)
+    try:
+        run = Run.create(tmp_path / "run", {"test": True})
+        Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit(net())))
+        assert set(seen[1:]) == {1}
+        assert torch.get_num_threads() == 2
+        seen.clear()
+        told = QUICK.model_copy(update={"threads": 2})
+        run = Run.create(tmp_path / "told", {"test": True})
+        Trainer(run, told, Voice(quiet=True)).work(iter_phases(fit(net())))
+        assert set(seen) == {2}
+    finally:
+        torch.set_num_threads(before)

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from limbeck.errors import UserError
+from limbeck.training.cache import Cache
 from limbeck.training.distiller import Distiller
+from limbeck.training.engine import PRECISIONS, Engine
 from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Training, Update
+from limbeck.training.profiling import stretch
 from limbeck.training.progress import Voice
-from limbeck.training.task import Batch, Batches, Task
+from limbeck.training.task import Batch, Batches, Task, Terms
 from limbeck.training.teacher import Teacher
 
 
@@ -50,6 +53,8 @@ class Bench:
         baseline: whether the plain student is trained too.
         select: whether the last epoch counts or the best on validation data.
         mean, weights: how several teachers are averaged (see :class:`Teacher`).
+        engine: how networks are laid out and answer.
+        cache: remembers the teachers' answers.
     """
 
     task: Task
@@ -65,6 +70,8 @@ class Bench:
     select: Literal["last", "best"] = "last"
     mean: Literal["probabilities", "logits"] = "probabilities"
     weights: Sequence[float] | None = None
+    engine: Engine = field(default_factory=Engine)
+    cache: Cache | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     voice: Voice = field(default_factory=lambda: Voice(quiet=True))
 
@@ -72,6 +79,7 @@ class Bench:
         self.students: dict[int, Network] = {}
         self.baselines: dict[int, Network] = {}
         self.teacher: Teacher | None = None
+        self._formats: dict[str, torch.memory_format] = {}
 
     def label(self, name: str, seed: int) -> str:
         """A phase's name, with its seed where there are several."""
@@ -94,8 +102,42 @@ class Bench:
 
     def student(self, seed: int) -> Network:
         """A fresh student for this seed, delivered at the end of the run."""
-        self.students[seed] = self.make_student(seed).to(self.device)
+        self.students[seed] = self._fresh(seed)
         return self.students[seed]
+
+    def _fresh(self, seed: int) -> Network:
+        network = self.laid_out(self.make_student(seed))
+        network.compile_model(self.engine.compile)
+        return network
+
+    def laid_out(self, network: Network) -> Network:
+        """The network on the device, its convolutions in the memory format that is fastest."""
+        network.to(self.device)
+        if not self.engine.channels_last:
+            return network
+        kind = repr(network.model)
+        if kind not in self._formats:
+            self._formats[kind] = self._format(network)
+        return network.lay_out(self._formats[kind])
+
+    def _format(self, network: Network) -> torch.memory_format:
+        """Channels last, unless the model has no convolution or looks at its input as it lies."""
+        if not any(isinstance(m, nn.Conv2d) for m in network.modules()):
+            return torch.contiguous_format
+        sample, found = self.sample(), []
+        try:
+            for format in (torch.contiguous_format, torch.channels_last):
+                trial = copy.deepcopy(network).lay_out(format).eval()
+                outputs = torch.cat(
+                    [o.float().flatten() for o in self.task.run(trial, sample).outputs.values()]
+                )
+                if outputs.requires_grad:
+                    outputs.sum().backward()
+                found.append(outputs.detach())
+        except RuntimeError:
+            return torch.contiguous_format
+        same = torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
+        return torch.channels_last if same else torch.contiguous_format
 
     def sample(self) -> Batch:
         """A few samples for probing shapes, on the device."""
@@ -121,7 +163,7 @@ class Bench:
             UserError: student, teacher, data and method do not fit together.
         """
         with torch.random.fork_rng():
-            student = self.make_student(self.seeds[0]).to(self.device)
+            student = self.laid_out(self.make_student(self.seeds[0]))
             sample = self.sample()
             if not self.candidates:
                 self.task.loss(self.task.run(student, sample), sample)
@@ -130,16 +172,42 @@ class Bench:
                 copy.deepcopy(c.network) if c.training is not None else c.network
                 for c in self.candidates
             ]
-            teacher = Teacher(networks, mean=self.mean, weights=self.weights).to(self.device)
+            teacher = self.frozen([self.laid_out(n) for n in networks], None)
             rehearsed = Distiller(student, teacher, copy.deepcopy(method), self.task, sample)
             rehearsed.to(self.device)(sample)
+            if self.cache is not None:
+                self._rehearse_cache(self.cache, teacher, sample)
+
+    def _rehearse_cache(self, cache: Cache, teacher: Teacher, sample: Batch) -> None:
+        """Find out whether answers can be remembered, and whether there is room for them."""
+        batch = next(self.batches(self.training.batch_size, self.seeds[0]).epoch(0))
+        if "view" not in batch:
+            raise UserError(
+                "the teacher's answers can be remembered where a sample has a name and a finite "
+                "number of views: say how many with data.augment.views, and give the data by name "
+                "or as limbeck.data.Data instead of your own loaders"
+            )
+        cache.check(teacher.members(self.task, sample), batch["view"], self.task.distributions)
+
+    def frozen(self, networks: Sequence[Network], cache: Cache | None) -> Teacher:
+        """These networks as the teacher, answering as the engine says."""
+        precision = self.engine.teacher_precision
+        return Teacher(
+            networks,
+            mean=self.mean,
+            weights=self.weights,
+            fold=self.engine.fold,
+            precision=None if precision == "same" else PRECISIONS[precision],
+            compile=self.engine.compile,
+            cache=cache,
+        ).to(self.device)
 
     def teach(self) -> Phases:
         """Train the teachers that are not ready, freeze all, and say how good they are."""
         if not self.candidates:
             raise UserError("this method needs a teacher; name one with --teacher")
         for number, candidate in enumerate(self.candidates):
-            network = candidate.network.to(self.device)
+            network = self.laid_out(candidate.network)
             if candidate.training is not None:
                 name = "teacher" if len(self.candidates) == 1 else f"teacher-{number + 1}"
                 yield self.fit(
@@ -151,7 +219,7 @@ class Bench:
                     task=candidate.task,
                 )
         networks = [c.network for c in self.candidates]
-        self.teacher = Teacher(networks, mean=self.mean, weights=self.weights).to(self.device)
+        self.teacher = self.frozen(networks, self.cache)
         if len(self.validation):
             for network in networks:
                 found = self.task.measure(network, self.validation)[self.task.metric]
@@ -167,7 +235,7 @@ class Bench:
         if not self.task.labelled(self.sample()):
             self.voice.say("no plain student: the transfer set has no labels")
             return
-        network = self.baselines[seed] = self.make_student(seed).to(self.device)
+        network = self.baselines[seed] = self._fresh(seed)
         yield self.fit(self.label("baseline", seed), network, self.training, seed=seed)
 
     def fit(
@@ -183,15 +251,18 @@ class Bench:
         """Supervised training of one network, on the transfer set unless told otherwise."""
         task = task or self.task
         split = self.transfer if split is None else split
+
+        def terms(batch: Batch) -> Terms:
+            with stretch("student"):
+                answer = task.run(network, batch)
+            with stretch("loss"):
+                return {"labels": task.loss(answer, batch)}
+
         return Fit(
             name=name,
             seed=seed,
             updates=[
-                Update(
-                    train={"student": network},
-                    terms=lambda batch: {"labels": task.loss(task.run(network, batch), batch)},
-                    settings=settings,
-                )
+                Update(train={"student": network}, terms=terms, settings=settings),
             ],
             batches=task.batches(split, batch_size=settings.batch_size, seed=seed, train=True),
             epochs=settings.epochs,

@@ -10,6 +10,7 @@ from torch import nn
 from limbeck.errors import UserError
 from limbeck.training.method import Method
 from limbeck.training.network import Network
+from limbeck.training.profiling import stretch
 from limbeck.training.taps import Taps
 from limbeck.training.task import Batch, Task, Terms
 from limbeck.training.teacher import Teacher
@@ -53,7 +54,7 @@ class Distiller(nn.Module):
                 f"{type(method).__name__} works on {' and '.join(method.tasks)}, not on {task.name}"
             )
         self._taps = Taps(self.student.model, method.student_taps)
-        self.teacher.tap(method.teacher_taps)
+        self.teacher.tap(method.teacher_taps, outputs=method.teacher_outputs)
         if sample is not None:
             self._probe(sample)
 
@@ -82,8 +83,10 @@ class Distiller(nn.Module):
     def forward(self, batch: Batch) -> Terms:
         """The named loss terms of a batch: ``labels`` first, then the method's."""
         teacher = self.teacher(self.task, batch)
-        student = self.task.run(self.student, batch, self._taps)
-        terms: Terms = {}
-        if self.method.label_weight:
-            terms["labels"] = self.method.label_weight * self.task.loss(student, batch)
-        return {**terms, **self.method.terms(student, teacher, batch)}
+        with stretch("student"):
+            student = self.task.run(self.student, batch, self._taps)
+        with stretch("loss"):
+            terms: Terms = {}
+            if self.method.label_weight:
+                terms["labels"] = self.method.label_weight * self.task.loss(student, batch)
+            return {**terms, **self.method.terms(student, teacher, batch)}

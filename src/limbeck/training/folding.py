@@ -39,7 +39,7 @@ OTHER_HOOKS = (
 )
 
 
-def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> nn.Module:
+def fold_batch_norm(model: nn.Module, keep: Iterable[str] = (), share: bool = False) -> nn.Module:
     """A copy of the model, in eval mode, with batch norms folded into the layers before them.
 
     With running mean E[x] and variance Var[x], a batch norm at inference is (section 3.1)
@@ -62,6 +62,7 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> nn.Module:
         keep: places as :class:`limbeck.training.taps.Taps` takes them (``"stem"``,
             ``"fc:input"``) whose activation must stay the same; a layer whose output is seen there
             is not folded. Outputs of batch norms stay the same without being named.
+        share: let the copy hold the model's own tensors where they stay as they are.
 
     Raises:
         UserError: a path in ``keep`` that names no module. A forward pass of the copy, where a
@@ -79,8 +80,11 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> nn.Module:
         >>> type(fold_batch_norm(model, keep=["0"])[1]).__name__
         'BatchNorm2d'
     """
-    folded = copy.deepcopy(model).eval()
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
+    folded = copy.deepcopy(model, dict(tensors)).eval()
     seen = _seen(folded, keep)
+    if not any(isinstance(module, BatchNorm) for module in folded.modules()):
+        return folded
     trace = _trace(folded, seen)
     if trace is None:
         return folded
@@ -95,7 +99,7 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = ()) -> nn.Module:
         # A forward that reaches a batch norm by a plain list still runs the one taken out.
         again = _trace(folded, seen)
         if again is None or str(again.graph) != str(trace.graph):
-            return copy.deepcopy(model).eval()
+            return copy.deepcopy(model, dict(tensors)).eval()
     return folded
 
 

@@ -33,13 +33,15 @@ class Method(nn.Module):
     Constructor arguments are the paper's hyper-parameters with its defaults; their annotations
     are checked, from a recipe and from Python alike. ``label_weight`` is the weight of the
     supervised loss beside the method's own terms. ``tasks`` names the tasks it can eat; empty
-    means any.
+    means any. Where :meth:`terms` reads nothing of the teacher but its features,
+    ``teacher_outputs = False`` lets the teacher stop at its last tap.
     """
 
     tasks: tuple[str, ...] = ()
     label_weight: float = 1.0
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
+    teacher_outputs: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -125,6 +127,7 @@ class Sum(Method):
         self.label_weight = flat[0].label_weight
         self.student_taps = tuple(dict.fromkeys(p for m in flat for p in m.student_taps))
         self.teacher_taps = tuple(dict.fromkeys(p for m in flat for p in m.teacher_taps))
+        self.teacher_outputs = any(m.teacher_outputs for m in flat)
         named = [set(m.tasks) for m in flat if m.tasks]
         if named:
             self.tasks = tuple(sorted(set.intersection(*named)))

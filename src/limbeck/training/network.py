@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Network(nn.Module):
@@ -18,6 +19,9 @@ class Network(nn.Module):
             :class:`limbeck.models.Input`); ``None`` hands batches over untouched.
         name: the name ``limbeck.models.build`` knows it by, or "" for a module built elsewhere.
         classes: the class names its outputs stand for, in order; empty if unknown.
+
+    ``memory_format`` and ``dtype`` are what images are turned into last; :meth:`lay_out` sets them
+    together with the weights'.
 
     Example:
         >>> import torch
@@ -37,10 +41,31 @@ class Network(nn.Module):
         self.input = input
         self.name = name
         self.classes = tuple(classes)
+        self.memory_format = torch.contiguous_format
+        self.dtype: torch.dtype | None = None
 
     def forward(self, view: Any) -> Any:
         """Run the model on a geometric view of a batch of samples."""
-        return self.model(view if self.input is None else self.input(view))
+        fed = view if self.input is None else self.input(view)
+        if isinstance(fed, Tensor) and fed.is_floating_point():
+            format = self.memory_format if fed.ndim == 4 else torch.preserve_format
+            fed = fed.to(self.dtype or fed.dtype, memory_format=format)
+        return self.model(fed)
+
+    def lay_out(
+        self, memory_format: torch.memory_format, dtype: torch.dtype | None = None
+    ) -> Network:
+        """Put weights and images into a memory format, and into a type if one is given."""
+        self.memory_format, self.dtype = memory_format, dtype
+        self.model.to(memory_format=memory_format)
+        if dtype is not None:
+            self.model.to(dtype)
+        return self
+
+    def compile_model(self, mode: Literal["off", "on", "graphs"]) -> None:
+        """Compile the model in place as one graph; its names and weights stay as they are."""
+        if mode != "off":
+            self.model.compile(mode="reduce-overhead" if mode == "graphs" else None)
 
     def facts(self) -> dict[str, Any]:
         """What lies beside the weights as JSON so that the model can be built again."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.training.cache import Cache, identify
+from limbeck.training.folding import fold_batch_norm
 from limbeck.training.network import Network
+from limbeck.training.profiling import stretch
 from limbeck.training.taps import Taps
 from limbeck.training.task import Answer, Batch, Task
+
+FEWEST = 16
+"""A matrix product may round otherwise for fewer rows than this."""
 
 
 class Teacher(nn.Module):
@@ -19,7 +27,8 @@ class Teacher(nn.Module):
 
     The networks are no submodules: they appear neither in ``parameters()`` nor in
     ``state_dict()`` of a module that holds the teacher, and a parent's ``.train()`` does not wake
-    them; ``.to(device)`` does move them.
+    them; ``.to(device)`` does move them. They answer through copies that share their weights and
+    are made when the first answer is wanted, or again after :meth:`tap`.
 
     Args:
         networks: one network or several; plain modules are wrapped.
@@ -28,6 +37,11 @@ class Teacher(nn.Module):
         weights: one positive weight a teacher, normalised to sum to one; equal if not given.
         route: the key of a batch, int64 of shape (B,), that says which teacher answers for which
             sample; then nothing is averaged.
+        fold: answer with batch norms folded into the layers before them, equal to rounding.
+        precision: answer in this type instead of the student's.
+        compile: ``torch.compile`` the answering copies; ``graphs`` as CUDA graphs.
+        cache: remembers answers to batches that say which view of which samples they show
+            (``view`` and ``row``); others are answered afresh.
 
     Raises:
         UserError: no teacher; weights that do not fit.
@@ -45,6 +59,10 @@ class Teacher(nn.Module):
         mean: Literal["probabilities", "logits"] = "probabilities",
         weights: Sequence[float] | None = None,
         route: str | None = None,
+        fold: bool = True,
+        precision: torch.dtype | None = None,
+        compile: Literal["off", "on", "graphs"] = "off",
+        cache: Cache | None = None,
     ) -> None:
         super().__init__()
         given = [networks] if isinstance(networks, nn.Module) else list(networks)
@@ -63,7 +81,14 @@ class Teacher(nn.Module):
         self.route = route
         shares = torch.tensor(weights or [1.0] * len(given), dtype=torch.float64)
         self.weights: Tensor = shares / shares.sum()
-        self._taps = tuple(Taps(n.model, ()) for n in self._hidden)
+        self.fold = fold
+        self.precision = precision
+        self.compile_mode = compile
+        self.cache = cache
+        self.paths: tuple[str, ...] = ()
+        self.outputs = True
+        self._answering: tuple[tuple[Network, Taps], ...] = ()
+        self._identities: list[dict[str, Any]] = []
 
     @property
     def networks(self) -> tuple[Network, ...]:
@@ -75,36 +100,117 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self._answering = ()
         for network in self._hidden:
             network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def tap(self, paths: Iterable[str]) -> None:
-        """Capture these places from now on, in every network."""
-        wanted = tuple(paths)
-        if wanted and len(self._hidden) > 1 and self.route is None:
+    def tap(self, paths: Iterable[str], outputs: bool = True) -> None:
+        """Capture these places from now on, in every network.
+
+        Without ``outputs`` the networks stop at the last of them, and answers hold features only.
+        """
+        self.paths, self.outputs = tuple(paths), outputs
+        if self.paths and len(self._hidden) > 1 and self.route is None:
             raise UserError(
                 f"features of {len(self._hidden)} teachers cannot be averaged; give one teacher, "
                 "or route each sample to one"
             )
-        fresh = tuple(Taps(n.model, wanted) for n in self._hidden)
-        for taps in self._taps:
-            taps.remove()
-        self._taps = fresh
+        for network in self._hidden:
+            Taps(network.model, self.paths).remove()
+        self._answering = ()
+
+    def _awake(self) -> tuple[tuple[Network, Taps], ...]:
+        """The copies that answer, each with its taps."""
+        if not self._answering:
+            self._answering = tuple(self._copy(network) for network in self._hidden)
+        return self._answering
+
+    def _copy(self, network: Network) -> tuple[Network, Taps]:
+        shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
+        own = copy.deepcopy(network, {} if self.precision else shared).eval()
+        if self.fold:
+            own.model = fold_batch_norm(own.model, self.paths, share=True)
+        if self.precision:
+            own.lay_out(own.memory_format, self.precision)
+        own.requires_grad_(False)
+        # A compiled pass ends where its outputs end, and cannot be left by an exception.
+        stop = not self.outputs and self.compile_mode == "off"
+        taps = Taps(own.model, self.paths, stop=stop)
+        own.compile_model(self.compile_mode)
+        return own, taps
 
     @torch.no_grad()
     def forward(self, task: Task, batch: Batch) -> Answer:
         """The teacher's answer to a batch, detached."""
-        answers = []
-        for network, taps in zip(self._hidden, self._taps, strict=True):
-            network.eval()
-            answers.append(task.run(network, batch, taps))
+        with stretch("teacher"):
+            answers = self.members(task, batch)
         if len(answers) == 1:
             return answers[0]
         if self.route is not None:
             return self._routed(answers, batch)
         return task.combine(answers, self.weights, self.mean)
+
+    @torch.no_grad()
+    def members(self, task: Task, batch: Batch) -> list[Answer]:
+        """What each network answers, by itself."""
+        return [self._one(n, task, batch) for n in range(len(self._hidden))]
+
+    def _one(self, number: int, task: Task, batch: Batch) -> Answer:
+        """The answer of one network, remembered or asked."""
+        if "view" not in batch:
+            return self._ask(number, task, batch)
+
+        def ask(positions: Tensor) -> Answer:
+            if len(positions) == len(batch["row"]) >= FEWEST:
+                return self._ask(number, task, batch)
+            # An answer must not depend on how many others are asked for with it.
+            padded = positions[torch.arange(max(len(positions), FEWEST)) % len(positions)]
+            return _first(self._ask(number, task, _picked(batch, padded)), len(positions))
+
+        if self.cache is None:
+            return ask(torch.arange(len(batch["row"])))
+        return self.cache.answer(
+            self._identity(number, task),
+            batch["view"],
+            batch["row"],
+            ask,
+            task.distributions,
+            self._device(number),
+        )
+
+    def _ask(self, number: int, task: Task, batch: Batch) -> Answer:
+        network, taps = self._awake()[number]
+        with self._precisely(number):
+            answer = task.run(network, batch, taps)
+        return answer if self.outputs else Answer({}, answer.features)
+
+    def _precisely(self, number: int) -> AbstractContextManager[Any]:
+        """In the teacher's own precision if it has one, else in whatever surrounds it."""
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(self._device(number).type, enabled=False)
+
+    def _device(self, number: int) -> torch.device:
+        found = next(self._hidden[number].parameters(), None)
+        return torch.device("cpu") if found is None else found.device
+
+    def _identity(self, number: int, task: Task) -> dict[str, Any]:
+        """What the answers of a network depend on, beside the view."""
+        if not self._identities:
+            self._identities = [identify(network) for network in self._hidden]
+        kind = self._device(number).type
+        autocast = self.precision is None and torch.is_autocast_enabled(kind)
+        return {
+            **self._identities[number],
+            "task": task.name,
+            "taps": list(self.paths),
+            "outputs": self.outputs,
+            "precision": str(self.precision),
+            "autocast": str(torch.get_autocast_dtype(kind)) if autocast else None,
+            "folded": self.fold,
+        }
 
     def _routed(self, answers: Sequence[Answer], batch: Batch) -> Answer:
         if self.route not in batch:
@@ -121,3 +227,21 @@ class Teacher(nn.Module):
             {name: pick([a.outputs[name] for a in answers]) for name in answers[0].outputs},
             {path: pick([a.features[path] for a in answers]) for path in answers[0].features},
         )
+
+
+def _picked(batch: Batch, positions: Tensor) -> Batch:
+    """The samples of a batch at these positions."""
+    size = len(batch["row"])
+    return {
+        name: value[positions.to(value.device)]
+        if isinstance(value, Tensor) and value.ndim and len(value) == size
+        else value
+        for name, value in batch.items()
+    }
+
+
+def _first(answer: Answer, number: int) -> Answer:
+    return Answer(
+        {name: tensor[:number] for name, tensor in answer.outputs.items()},
+        {path: tensor[:number] for path, tensor in answer.features.items()},
+    )

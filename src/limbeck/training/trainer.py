@@ -10,53 +10,27 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, pairwise
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
-from limbeck.training.audit import audit, some_unused
+from limbeck.training.audit import audit, some_unused, work
 from limbeck.training.checkpoint import read_state, write_state
+from limbeck.training.engine import Engine
 from limbeck.training.method import Phases
 from limbeck.training.phases import Fit, Phase, Solve, Update
+from limbeck.training.profiling import Profile, stretch
 from limbeck.training.progress import Voice
 from limbeck.training.run import Run
 from limbeck.training.seeding import seed_all
 from limbeck.training.task import Batch, Terms
 
-
-class Engine(BaseModel):
-    """How the trainer works; none of it changes what is learnt beyond rounding."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    device: Literal["auto", "cpu"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    workers: int = Field(default=0, ge=0, description="processes that read images from disk")
-    log_every: int = Field(default=50, ge=1, description="steps between two lines of metrics")
-    checkpoint_seconds: float = Field(default=60.0, ge=0)
-    trackers: tuple[str, ...] = Field(default=(), description="such as tensorboard")
-
-    def on_cpu(self) -> bool:
-        """Whether the work is done on the CPU: by choice, or for want of anything else."""
-        return self.device == "cpu" or not torch.accelerator.is_available()
-
-    @field_validator("trackers")
-    @classmethod
-    def _installed(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
-        known = {str(tracker) for tracker in get_available_trackers()}
-        for tracker in trackers:
-            if tracker not in known:
-                raise ValueError(
-                    f"the tracker {tracker!r} is unknown or not installed; tensorboard comes with "
-                    "pip install 'limbeck[track]'"
-                )
-        return trackers
+MANY = 5 * 10**8
+"""The floating-point operations of a forward pass from which several threads pay."""
 
 
 class Interrupted(Exception):
@@ -125,15 +99,17 @@ class _Step(nn.Module):
 class _Worker:
     """One update with its optimiser."""
 
-    def __init__(self, update: Update, accelerator: Accelerator) -> None:
+    def __init__(self, update: Update, accelerator: Accelerator, engine: Engine) -> None:
         self.update = update
         self.accelerator = accelerator
+        self.graphs = engine.compile == "graphs"
         step = _Step(update).to(accelerator.device)
+        fused = accelerator.device.type != "cpu" if engine.fused is None else engine.fused
         groups = []
         for name, module in update.train.items():
             settings = update.settings_for.get(name, update.settings)
             if any(p.requires_grad for p in module.parameters()):
-                groups.append((settings, settings.build(module.parameters())))
+                groups.append((settings, settings.build(module.parameters(), fused)))
         if not groups:
             raise UserError(f"nothing to train in update {update.name!r}: no parameter is free")
         optimiser = groups[0][1]
@@ -151,6 +127,8 @@ class _Worker:
 
     def __call__(self, batch: Batch) -> Terms:
         """One step: forward, backward and update; the terms are detached."""
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         self.optimiser.zero_grad(set_to_none=True)
         slices = self.update.settings.accumulate
         total: Terms = {}
@@ -161,13 +139,15 @@ class _Worker:
                 terms = self.module(piece)
                 scale = share * float(batch.get("share", 1.0))
                 loss = torch.stack(list(terms.values())).sum()
-                self.accelerator.backward(loss if scale == 1.0 else loss * scale)
+                with stretch("backward"):
+                    self.accelerator.backward(loss if scale == 1.0 else loss * scale)
             for name, value in terms.items():
                 value = value.detach() * share
                 total[name] = total[name] + value if name in total else value
-        if self.update.settings.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, self.update.settings.clip_norm)
-        self.optimiser.step()
+        with stretch("optimiser"):
+            if self.update.settings.clip_norm is not None:
+                self.accelerator.clip_grad_norm_(self.parameters, self.update.settings.clip_norm)
+            self.optimiser.step()
         return total
 
 
@@ -201,6 +181,7 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.voice = (voice or Voice()) if self.main else Voice(quiet=True)
         self.seconds: dict[str, float] = {}
+        self.threads = torch.get_num_threads()
         self._signal: int | None = None
 
     @property
@@ -327,6 +308,7 @@ class _Fitting:
         self.epoch = self.step = 0
         self.best: dict[str, Any] | None = None
         self.measures: dict[str, float] = {}
+        self.profile: Profile | None = None
         self.spent = 0.0
         self.begun = self.saved = time.monotonic()
         if checkpoint is not None:
@@ -339,24 +321,37 @@ class _Fitting:
                 module.to(accelerator.device).train()
             batch = self._moved(next(self.phase.batches.epoch(0)))
             accelerator.ddp_handler.find_unused_parameters = some_unused(update, batch)
-        return _Worker(update, accelerator)
+        return _Worker(update, accelerator, self.trainer.engine)
 
     def _moved(self, batch: Batch) -> Batch:
+        """A batch on the device; who the samples are stays where it is looked up."""
         device = self.trainer.device
         return {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k != "row" else v
             for k, v in batch.items()
         }
 
     def work(self) -> float:
         """Run to the end; returns the seconds spent, over all attempts."""
         phase, trainer = self.phase, self.trainer
-        trainer.voice.begin(phase.name, phase.epochs * self.length, self._steps_done())
+        steps = phase.epochs * self.length
+        if trainer.engine.profile and trainer.main and steps > self._steps_done():
+            self.profile = Profile(
+                trainer.run.path / "profile",
+                phase.name,
+                steps - self._steps_done(),
+                trainer.device,
+                trainer.voice,
+            )
+        trainer.voice.begin(phase.name, steps, self._steps_done())
         try:
             while self.epoch < phase.epochs:
                 self._epoch()
         finally:
             trainer.voice.end()
+            torch.set_num_threads(trainer.threads)
+            if self.profile is not None:
+                self.profile.end()
         if self.best is not None:
             _load(phase, self.best["modules"])
         for module in phase.modules().values():
@@ -375,10 +370,11 @@ class _Fitting:
         phase, engine = self.phase, self.trainer.engine
         for module in phase.modules().values():
             module.train()
-        for batch in phase.batches.epoch(self.epoch, self.step):
-            batch = self._moved(batch)
+        batches = phase.batches.epoch(self.epoch, self.step)
+        while (batch := self._next(batches)) is not None:
             done = self._steps_done()
             if done == 0:
+                self._choose_threads(batch)
                 self._audit(batch)
             seed_all(phase.seed, done, self.rank)
             for number, worker in enumerate(self.workers):
@@ -389,6 +385,8 @@ class _Fitting:
                 meter.add(terms, done + 1)
                 self.meters[number] = meter
             self.step += 1
+            if self.profile is not None:
+                self.profile.step()
             if (done + 1) % engine.log_every == 0:
                 self._log(len(next(iter(batch.values()))))
             else:
@@ -404,6 +402,11 @@ class _Fitting:
         self._log(0)
         self.epoch, self.step = self.epoch + 1, 0
         self._after_epoch()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        with stretch("data"):
+            batch = next(batches, None)
+            return None if batch is None else self._moved(batch)
 
     def _after_epoch(self) -> None:
         phase, run = self.phase, self.trainer.run
@@ -425,6 +428,13 @@ class _Fitting:
             return True
         before = float(self.best["value"])
         return value > before if self.phase.higher_is_better else value < before
+
+    def _choose_threads(self, batch: Batch) -> None:
+        """One thread where more would wait for each other longer than they work."""
+        engine = self.trainer.engine
+        if engine.threads is None and engine.on_cpu() and engine.compile == "off":
+            flops = sum(work(worker.update, batch) for worker in self.workers)
+            torch.set_num_threads(self.trainer.threads if flops >= MANY else 1)
 
     def _audit(self, batch: Batch) -> None:
         """Say what the first batch tells: each term's value and share of the gradient."""
@@ -509,12 +519,15 @@ class _Fitting:
             "best": self.best,
             "log": self.trainer.run.logged(),
             "seconds": self._seconds(),
+            "threads": torch.get_num_threads(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         device = self.trainer.device
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.spent = state["seconds"]
+        # Sums in another number of parts would round otherwise.
+        torch.set_num_threads(state["threads"])
         _load(self.phase, state["modules"])
         for worker, saved in zip(self.workers, state["optimisers"], strict=True):
             worker.optimiser.load_state_dict(saved)

@@ -1,0 +1,71 @@
+"""How the engine works; none of it changes what is learnt beyond rounding."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from limbeck.training.cache import STORAGE
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine(BaseModel):
+    """How the engine works; none of it changes what is learnt beyond rounding.
+
+    ``precision`` bf16 rounds each product to 8 bits of mantissa, which training does not feel but
+    a comparison of two runs does. ``cache`` keeps the teacher's answers on disk: ``full`` to the
+    bit, ``fp16``, or ``top-K`` (the K most probable classes; see
+    :class:`limbeck.training.cache.Cache`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Literal["auto", "cpu"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024, description="of the CPU")
+    workers: int = Field(default=0, ge=0, description="processes that read images from disk")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    teacher_precision: Literal["same", "fp32", "bf16", "fp16"] = "same"
+    fold: bool = Field(default=True, description="the teacher's batch norms into its convolutions")
+    channels_last: bool = Field(default=True, description="memory layout of convolutional networks")
+    fused: bool | None = Field(default=None, description="optimiser steps; on where not the CPU")
+    compile: Literal["off", "on", "graphs"] = Field(
+        default="off", description="networks with torch.compile; graphs: as CUDA graphs"
+    )
+    cache: str | None = Field(default=None, description="the teacher's: full, fp16 or top-K")
+    cache_folder: Path | None = Field(default=None, description="beside the run folders otherwise")
+    profile: bool = Field(default=False, description="where a step's time goes")
+    log_every: int = Field(default=50, ge=1, description="steps between two lines of metrics")
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
+    trackers: tuple[str, ...] = Field(default=(), description="such as tensorboard")
+
+    def on_cpu(self) -> bool:
+        """Whether the work is done on the CPU: by choice, or for want of anything else."""
+        return self.device == "cpu" or not torch.accelerator.is_available()
+
+    @field_validator("cache")
+    @classmethod
+    def _known(cls, cache: str | None) -> str | None:
+        if cache is not None and not re.fullmatch(STORAGE, cache):
+            raise ValueError("answers are kept in full, in fp16, or as top-K, such as top-20")
+        return cache
+
+    @field_validator("trackers")
+    @classmethod
+    def _installed(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if not trackers:
+            return trackers
+        from accelerate.tracking import get_available_trackers
+
+        known = {str(tracker) for tracker in get_available_trackers()}
+        for tracker in trackers:
+            if tracker not in known:
+                raise ValueError(
+                    f"the tracker {tracker!r} is unknown or not installed; tensorboard comes with "
+                    "pip install 'limbeck[track]'"
+                )
+        return trackers
