@@ -7,5 +7,6 @@ from limbeck.systems.classification.kd import (
     soft_targets,
     soften,
 )
+from limbeck.systems.classification.nst import nst
 
-__all__ = ["ensemble_targets", "kd", "match_logits", "soft_targets", "soften"]
+__all__ = ["ensemble_targets", "kd", "match_logits", "nst", "soft_targets", "soften"]
