@@ -22,8 +22,6 @@ from limbeck.data.data import Data
 from limbeck.errors import UserError
 from limbeck.models import Input, build, load, profile, save, weights_given
 from limbeck.recipes import Recipe, Transfer, validate
-from limbeck.report import page, table
-from limbeck.report.verdict import verdict
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks.classification import Classification
 from limbeck.training.bench import Bench, Candidate
@@ -402,6 +400,8 @@ def _carry_out(job: _Job, run: Run) -> Run:
 
 def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
     """Measure on the test split, deliver the networks, write result and report."""
+    from limbeck.report import page, table
+
     bench, task = job.bench, job.bench.task
     first = bench.seeds[0]
     networks = bench.delivered(first)
@@ -467,6 +467,8 @@ def _single(network: Network | Teacher) -> tuple[Network, ...]:
 def _verdict(rows: Sequence[Mapping[str, float]], higher_is_better: bool) -> dict[str, Any]:
     if "baseline" not in rows[0] or "student" not in rows[0]:
         return {"word": "none", "sentence": "no plain student was trained to compare with"}
+    from limbeck.report.verdict import verdict
+
     found = verdict(
         [row["baseline"] for row in rows], [row["student"] for row in rows], higher_is_better
     )

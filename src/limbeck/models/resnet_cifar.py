@@ -8,7 +8,6 @@ a shortcut that changes shape is a 1x1 convolution with batch norm, not padding 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from limbeck.models.initialise import fan_out_normal
 
@@ -85,26 +84,3 @@ class SmallResNet(nn.Module):
 def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
     rest = (BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1))
     return nn.Sequential(BasicBlock(inputs, outputs, stride), *rest)
-
-
-class SmallResNet50(ResNet):  # type: ignore[misc]
-    """torchvision's ResNet-50 with the stem of a small-image network: 3x3, stride 1, no pooling.
-
-    Convolutions start from N(0, 2 / fan-out), the classifier from PyTorch's default.
-
-    Args:
-        classes: number of outputs.
-        channels: of the images, (B, channels, H, W).
-
-    Example:
-        >>> SmallResNet50(classes=10).fc.out_features
-        10
-    """
-
-    stages = ("layer1", "layer2", "layer3", "layer4")
-
-    def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=classes)
-        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        self.maxpool = nn.Identity()
-        fan_out_normal(self.conv1)

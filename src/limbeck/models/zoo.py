@@ -77,7 +77,7 @@ def _maker(
     if name not in NAMES:
         raise UserError(f"there is no network named {name!r}; {did_you_mean(name, NAMES)}")
     if name == "resnet50-cifar":
-        from limbeck.models.resnet_cifar import SmallResNet50
+        from limbeck.models.resnet50_cifar import SmallResNet50
 
         return 1, lambda: SmallResNet50(classes, channels)
     if match := re.fullmatch(r"resnet(\d+)(x4)?", name):

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import stats
-
 LEAST_SEEDS = 3
 
 
@@ -75,6 +73,8 @@ def verdict(
         low = high = mean = differences[0]
         p = float(mean == 0)
     else:
+        from scipy import stats
+
         p = float(stats.ttest_rel(student, baseline).pvalue)
     word: Literal["better", "worse", "not decided"] = "not decided"
     if low > 0:
@@ -102,6 +102,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, None
+    from scipy import stats
+
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
     quantile = float(stats.t.ppf(0.975, len(values) - 1))
     return mean, quantile * math.sqrt(variance / len(values))

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from limbeck.data.augment import Augment
 from limbeck.data.batches import ImageBatches, LoaderBatches
@@ -207,6 +205,10 @@ def measures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     >>> measures(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))["accuracy"]
     0.5
     """
+    # Here, as it takes longer to import than a small network to train.
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
     classes = logits.shape[1]
     # One process measures alone, so the metrics must not wait for the others.
     alone: dict[str, Any] = {"num_classes": classes, "sync_on_compute": False}
