@@ -275,6 +275,8 @@ class Bench:
         """The finished networks of a seed by role: teacher, baseline, student."""
         found: dict[str, Network | Teacher] = {}
         if self.teacher is not None:
+            # A method may have had it stop early.
+            self.teacher.tap(())
             found["teacher"] = self.teacher
         if seed in self.baselines:
             found["baseline"] = self.baselines[seed]

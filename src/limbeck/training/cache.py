@@ -184,17 +184,19 @@ def _answer(tensors: Tensors) -> Answer:
 class _Codec:
     """How a tensor becomes bytes and comes back; ``fields`` are the types and shapes of the parts.
 
-    ``shape`` and ``dtype`` are those of one sample in the answer.
+    ``shape`` and ``dtype`` are those of one sample in the answer. Channels that lie last in memory
+    are kept so, since sums over them would round otherwise.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fields: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    channels_last: bool = False
 
     def encode(self, tensor: Tensor) -> list[Tensor]:
         (kept, _), *_ = self.fields
-        encoded = tensor.to(kept)
-        if encoded.is_floating_point() and bool((encoded.isinf() & ~tensor.isinf()).any()):
+        encoded = (tensor.permute(0, 2, 3, 1) if self.channels_last else tensor).to(kept)
+        if kept == torch.float16 and int(encoded.isinf().sum()) > int(tensor.isinf().sum()):
             raise UserError(
                 "the teacher's answers are too large for half precision; keep them in full "
                 "(engine.cache=full)"
@@ -202,7 +204,8 @@ class _Codec:
         return [encoded]
 
     def decode(self, parts: list[Tensor]) -> Tensor:
-        return parts[0].to(self.dtype)
+        tensor = parts[0].to(self.dtype)
+        return tensor.permute(0, 3, 1, 2) if self.channels_last else tensor
 
 
 class _Top(_Codec):
@@ -228,7 +231,10 @@ def _codec(tensor: Tensor, storage: str, top: int | None) -> _Codec:
         fields = ((torch.float16, (top,)), (torch.int32, (top,)), (torch.float32, (1,)))
         return _Top(shape, dtype, fields)
     kept = dtype if storage == "full" or not dtype.is_floating_point else torch.float16
-    return _Codec(shape, dtype, ((kept, shape),))
+    last = tensor.ndim == 4 and not tensor.is_contiguous()
+    last = last and tensor.is_contiguous(memory_format=torch.channels_last)
+    stored = (*shape[1:], shape[0]) if last else shape
+    return _Codec(shape, dtype, ((kept, stored),), last)
 
 
 class _Store:

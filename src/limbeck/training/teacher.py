@@ -210,6 +210,7 @@ class Teacher(nn.Module):
             "precision": str(self.precision),
             "autocast": str(torch.get_autocast_dtype(kind)) if autocast else None,
             "folded": self.fold,
+            "memory_format": str(self._hidden[number].memory_format),
         }
 
     def _routed(self, answers: Sequence[Answer], batch: Batch) -> Answer:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
@@ -171,6 +172,8 @@ class Trainer:
     def __init__(self, run: Run, engine: Engine | None = None, voice: Voice | None = None) -> None:
         self.run = run
         self.engine = engine or Engine()
+        # The precision of an earlier run in this process would stay otherwise.
+        AcceleratorState._reset_state(reset_partial_state=False)
         self.accelerator = Accelerator(
             mixed_precision="no" if self.engine.precision == "fp32" else self.engine.precision,
             cpu=self.engine.on_cpu(),
