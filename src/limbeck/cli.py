@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -359,6 +360,8 @@ def profile(
 
 def main() -> None:
     """Run the command line; the exit status is 0, 2 for a user's mistake, 1 for anything else."""
+    # Before torch is imported: its profiler would keep a diary on the terminal.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     try:
         app()
     except UserError as error:

@@ -264,7 +264,7 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     own = Input(data.channels, data.size, data.mean, data.std)
 
     def task(augment: Any = None) -> Classification:
-        workers = recipe.engine.workers
+        workers = recipe.engine.readers()
         return Classification(data.classes, augment or part.augment, workers, device)
 
     def make_student(seed: int) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -27,14 +28,16 @@ class Engine(BaseModel):
 
     device: Literal["auto", "cpu"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024, description="of the CPU")
-    workers: int = Field(default=0, ge=0, description="processes that read images from disk")
+    workers: int | None = Field(
+        default=None, ge=0, le=1024, description="processes that read images from disk"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     teacher_precision: Literal["same", "fp32", "bf16", "fp16"] = "same"
     fold: bool = Field(default=True, description="the teacher's batch norms into its convolutions")
     channels_last: bool = Field(default=True, description="memory layout of convolutional networks")
     fused: bool | None = Field(default=None, description="optimiser steps; on where not the CPU")
-    compile: Literal["off", "on", "graphs"] = Field(
-        default="off", description="networks with torch.compile; graphs: as CUDA graphs"
+    compile: bool | Literal["graphs"] = Field(
+        default=False, description="networks with torch.compile; graphs: as CUDA graphs"
     )
     cache: str | None = Field(default=None, description="the teacher's: full, fp16 or top-K")
     cache_folder: Path | None = Field(default=None, description="beside the run folders otherwise")
@@ -46,6 +49,16 @@ class Engine(BaseModel):
     def on_cpu(self) -> bool:
         """Whether the work is done on the CPU: by choice, or for want of anything else."""
         return self.device == "cpu" or not torch.accelerator.is_available()
+
+    def readers(self) -> int:
+        """How many processes read images from disk: where the CPU trains it has no time for them.
+
+        >>> Engine(device="cpu").readers(), Engine(workers=3).readers()
+        (0, 3)
+        """
+        if self.workers is not None:
+            return self.workers
+        return 0 if self.on_cpu() else min(8, max(1, (os.cpu_count() or 1) - 1))
 
     @field_validator("cache")
     @classmethod

@@ -62,9 +62,13 @@ class Network(nn.Module):
             self.model.to(dtype)
         return self
 
-    def compile_model(self, mode: Literal["off", "on", "graphs"]) -> None:
+    def compile_model(self, mode: bool | Literal["graphs"]) -> None:
         """Compile the model in place as one graph; its names and weights stay as they are."""
-        if mode != "off":
+        if mode:
+            from torch._functorch import config
+
+            # The audit of the first batch goes backward once for each loss term.
+            config.donated_buffer = False
             self.model.compile(mode="reduce-overhead" if mode == "graphs" else None)
 
     def facts(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Teacher(nn.Module):
         route: str | None = None,
         fold: bool = True,
         precision: torch.dtype | None = None,
-        compile: Literal["off", "on", "graphs"] = "off",
+        compile: bool | Literal["graphs"] = False,
         cache: Cache | None = None,
     ) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Teacher(nn.Module):
             own.lay_out(own.memory_format, self.precision)
         own.requires_grad_(False)
         # A compiled pass ends where its outputs end, and cannot be left by an exception.
-        stop = not self.outputs and self.compile_mode == "off"
+        stop = not self.outputs and not self.compile_mode
         taps = Taps(own.model, self.paths, stop=stop)
         own.compile_model(self.compile_mode)
         return own, taps

@@ -435,7 +435,7 @@ class _Fitting:
     def _choose_threads(self, batch: Batch) -> None:
         """One thread where more would wait for each other longer than they work."""
         engine = self.trainer.engine
-        if engine.threads is None and engine.on_cpu() and engine.compile == "off":
+        if engine.threads is None and engine.on_cpu() and not engine.compile:
             flops = sum(work(worker.update, batch) for worker in self.workers)
             torch.set_num_threads(self.trainer.threads if flops >= MANY else 1)
 
