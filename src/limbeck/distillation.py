@@ -342,8 +342,7 @@ def _outputs(network: Network, view: tuple[int, int, int]) -> int:
 
 
 def _device(engine: Engine) -> torch.device:
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
+    engine.settle()
     device: torch.device = PartialState(cpu=engine.on_cpu()).device
     return device
 

@@ -35,7 +35,7 @@ class Voice:
         self._title = ""
         self._total = 0
         self._begun = 0.0
-        self._first = 0
+        self._first = self._done = 0
         self._spoken = 0.0
 
     def keep(self, log: Path) -> None:
@@ -55,7 +55,7 @@ class Voice:
 
     def begin(self, title: str, total: int, done: int = 0) -> None:
         """Start counting the steps of a phase."""
-        self._title, self._total, self._first = title, total, done
+        self._title, self._total, self._first, self._done = title, total, done, done
         self._begun = self._spoken = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
             self._bar = Progress(
@@ -65,17 +65,21 @@ class Voice:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[facts]}"),
                 console=self.console,
+                # A thread that draws would take turns from those that compute.
+                auto_refresh=False,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, facts="")
             self._bar.start()
 
     def step(self, done: int, terms: Mapping[str, float] | None = None, samples: int = 0) -> None:
         """Count steps; ``terms`` are the latest mean loss terms, if they are known."""
-        now = time.monotonic()
+        now, self._done = time.monotonic(), done
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done)
             if terms is not None:
                 self._bar.update(self._task, facts=self._facts(done, terms, samples, now))
+            if now - self._spoken >= 0.5:
+                self._spoken = now
+                self._bar.update(self._task, completed=done, refresh=True)
         elif terms is not None and now - self._spoken >= 5.0:
             self._spoken = now
             left = (now - self._begun) / max(done - self._first, 1) * (self._total - done)
@@ -92,6 +96,7 @@ class Voice:
 
     def end(self) -> None:
         """Stop counting."""
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, refresh=True)
             self._bar.stop()
         self._bar = self._task = None

@@ -30,4 +30,7 @@ def seed_all(*numbers: int) -> None:
     seed = derive(*numbers)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed & (_MASK >> 1))
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed & (_MASK >> 1))
+    else:  # which would write down a stack trace for devices that may come later
+        torch.default_generator.manual_seed(seed & (_MASK >> 1))
