@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path
     def terms(batch):
         steps["n"] += 1
         good = model(batch["image"]).square().mean()
-        return {"fine": good, "odd": good * (float("nan") if steps["n"] > 6 else 1.0)}
+        return {"fine": good, "odd": good * (float("nan") if steps["n"] > 5 else 1.0)}
 
     fit = Fit(
         name="fit",
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path
     )
     run = Run.create(tmp_path / "run", {"test": True})
     engine = QUICK.model_copy(update={"checkpoint_seconds": 1e9})
-    # before step 1 the terms are called twice: to count the work and to audit the first batch
+    # the audit of the first batch calls the terms once before step 1
     with pytest.raises(UserError, match="'odd' became NaN or infinite at step 5 of phase 'fit'"):
         Trainer(run, engine, Voice(quiet=True)).work(iter_phases(fit))
 

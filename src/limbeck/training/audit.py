@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from limbeck.training.phases import Update
 from limbeck.training.progress import Voice
@@ -86,13 +85,6 @@ def audit(update: Update, batch: Batch) -> Audit:
         weights=trained,
         activations=sum(seen.values()),
     )
-
-
-def work(update: Update, batch: Batch) -> int:
-    """Floating-point operations of the forward pass of one batch."""
-    with _undone(update), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        update.terms(batch)
-    return int(counter.get_total_flops())
 
 
 def some_unused(update: Update, batch: Batch) -> bool:

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
-from limbeck.training.audit import audit, some_unused, work
+from limbeck.training.audit import audit, some_unused
 from limbeck.training.checkpoint import read_state, write_state
 from limbeck.training.engine import Engine
 from limbeck.training.method import Phases
@@ -30,8 +30,8 @@ from limbeck.training.run import Run
 from limbeck.training.seeding import seed_all
 from limbeck.training.task import Batch, Terms
 
-MANY = 5 * 10**8
-"""The floating-point operations of a forward pass from which several threads pay."""
+LITTLE = 8 * 2**20
+"""The bytes of activations below which a step is done on one thread."""
 
 
 class Interrupted(Exception):
@@ -377,7 +377,6 @@ class _Fitting:
         while (batch := self._next(batches)) is not None:
             done = self._steps_done()
             if done == 0:
-                self._choose_threads(batch)
                 self._audit(batch)
             seed_all(phase.seed, done, self.rank)
             for number, worker in enumerate(self.workers):
@@ -432,23 +431,20 @@ class _Fitting:
         before = float(self.best["value"])
         return value > before if self.phase.higher_is_better else value < before
 
-    def _choose_threads(self, batch: Batch) -> None:
-        """One thread where more would wait for each other longer than they work."""
-        engine = self.trainer.engine
-        if engine.threads is None and engine.on_cpu() and not engine.compile:
-            flops = sum(work(worker.update, batch) for worker in self.workers)
-            torch.set_num_threads(self.trainer.threads if flops >= MANY else 1)
-
     def _audit(self, batch: Batch) -> None:
         """Say what the first batch tells: each term's value and share of the gradient."""
-        if self.rank:
-            return
+        trainer, activations = self.trainer, 0
         for worker in self.workers:
             with self._only(worker):
                 seed_all(self.phase.seed, 0, self.rank)
                 found = audit(worker.update, batch)
-            found.speak(self.trainer.voice, self.phase.name)
-            self.trainer.run.log({**self._place(), "audit": found.as_json()})
+            activations += found.activations
+            found.speak(trainer.voice, self.phase.name)
+            if trainer.main:
+                trainer.run.log({**self._place(), "audit": found.as_json()})
+        if trainer.engine.threads is None and trainer.engine.on_cpu() and activations < LITTLE:
+            # More threads would wait for each other longer than they work.
+            torch.set_num_threads(1)
 
     @contextmanager
     def _only(self, worker: _Worker) -> Iterator[None]:
