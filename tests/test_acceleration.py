@@ -135,3 +135,8 @@ def test_a_student_in_half_precision_learns_too(tmp_path):
     assert losses[-1] < losses[0]
     weights = load_file(tmp_path / "run" / "student.safetensors")
     assert all(w.dtype == torch.float32 for n, w in weights.items() if "num" not in n)
+
+
+def test_in_half_precision_too_everything_is_remembered_in_one_place(tmp_path):
+    student(tmp_path / "run", "engine.precision=bf16", "engine.cache=full")
+    assert len(list((tmp_path / "teacher-cache").iterdir())) == 1

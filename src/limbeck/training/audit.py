@@ -67,11 +67,14 @@ def audit(update: Update, batch: Batch) -> Audit:
     with _undone(update), _counted() as seen:
         terms = update.terms(batch)
         norms = {}
+        *_, last = terms
         for name, term in terms.items():
             if not term.requires_grad:
                 norms[name] = 0.0
                 continue
-            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                term, parameters, retain_graph=name != last, allow_unused=True
+            )
             norms[name] = _norm([g for g in gradients if g is not None])
     total = sum(norms.values())
     trained = sum(

@@ -61,7 +61,8 @@ class Engine(BaseModel):
         """Prepare this process: its threads, and what its allocator does with freed memory.
 
         By default glibc hands the activations of a step back to the system and asks for them
-        again in the next, page by page, which takes up to a tenth of a step on a CPU.
+        again in the next, page by page, which takes up to a tenth of a step on a CPU. Single
+        tensors above 32 MiB it still gives back, as they would leave large holes.
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -69,7 +70,7 @@ class Engine(BaseModel):
             mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
             if mallopt is not None:
                 mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-                mallopt(_MMAP_THRESHOLD, 2**30)
+                mallopt(_MMAP_THRESHOLD, 2**25)
 
     def readers(self) -> int:
         """How many processes read images from disk: where the CPU trains it has no time for them.

@@ -323,7 +323,9 @@ class _Fitting:
             for module in update.train.values():
                 module.to(accelerator.device).train()
             batch = self._moved(next(self.phase.batches.epoch(0)))
-            accelerator.ddp_handler.find_unused_parameters = some_unused(update, batch)
+            with accelerator.autocast():
+                unused = some_unused(update, batch)
+            accelerator.ddp_handler.find_unused_parameters = unused
         return _Worker(update, accelerator, self.trainer.engine)
 
     def _moved(self, batch: Batch) -> Batch:
@@ -435,7 +437,7 @@ class _Fitting:
         """Say what the first batch tells: each term's value and share of the gradient."""
         trainer, activations = self.trainer, 0
         for worker in self.workers:
-            with self._only(worker):
+            with self._only(worker), trainer.accelerator.autocast():
                 seed_all(self.phase.seed, 0, self.rank)
                 found = audit(worker.update, batch)
             activations += found.activations
