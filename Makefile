@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format soak clean
+.PHONY: demo test check format soak clean bench bench-quick docs
 
 demo: .venv/.run
 	$(BIN)/limbeck run kd --preset demo
@@ -21,6 +21,15 @@ format: .venv/.test
 soak: .venv/.test
 	$(BIN)/python -m pytest -m soak
 
+bench: .venv/.bench
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-quick: .venv/.bench
+	$(BIN)/python benchmarks/run.py --quick $(BENCH_ARGS)
+
+docs: .venv/.run
+	$(BIN)/python docs/generate.py
+
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist build
 
@@ -35,6 +44,6 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,test]'
 	touch $@ .venv/.run
 
-.PHONY: docs
-docs: .venv/.run
-	$(BIN)/python docs/generate.py
+.venv/.bench: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@ .venv/.run
