@@ -94,6 +94,11 @@ def test_a_recipe_survives_being_written_and_read():
         ({"teacher": 3}, "recipe key teachers.0=3"),
         ({"teacher": {}, "teachers": []}, "the key teacher or the key teachers, not both"),
         ({"engine": {"workerz": 1}}, "'engine.workerz'; did you mean workers"),
+        ({"engine": {"cache": "top-0"}}, "engine.cache='top-0': answers are kept in full, in fp16"),
+        ({"engine": {"compile": "perhaps"}}, r"engine.compile='perhaps': .* or as graphs"),
+        ({"engine": {"threads": 0}}, "engine.threads=0"),
+        ({"data": {"augment": {"views": 0}}}, "data.augment.views=0"),
+        ({"data": {"augment": {"rand_magnitude": 31}}}, "rand_magnitude=31"),
         ({"weights": [1, float("nan")]}, "weights.1=nan"),
         ({"seeds": 0}, "seeds=0"),
         ({"mean": "median"}, "mean='median'"),
@@ -245,3 +250,12 @@ def test_anchors_of_a_recipe_file_work_and_a_bomb_of_them_is_told_in_time(tmp_pa
     with pytest.raises(UserError, match="recipe key student="):
         recipes.validate({**MINIMAL, **recipes.read(path)})
     assert time.monotonic() - begun < 5
+
+
+def test_remembering_the_teacher_sets_what_was_not_set():
+    values = {"data": {"source": "digits", "augment": {"views": 7}}, "engine": {"threads": 2}}
+    found = recipes.with_cache(values)
+    assert found["data"]["augment"] == {"views": 7}
+    assert found["engine"] == {"cache": "fp16", "threads": 2}
+    assert recipes.with_cache({})["data"] == {"augment": {"views": recipes.VIEWS}}
+    assert recipes.with_cache({"engine": {"cache": "full"}})["engine"] == {"cache": "full"}

@@ -82,6 +82,13 @@ class Engine(BaseModel):
             return self.workers
         return 0 if self.on_cpu() else min(8, max(1, (os.cpu_count() or 1) - 1))
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _said(cls, compile: object) -> object:
+        if not isinstance(compile, bool) and compile != "graphs":
+            raise ValueError("networks are compiled (true), not compiled (false) or as graphs")
+        return compile
+
     @field_validator("cache")
     @classmethod
     def _known(cls, cache: str | None) -> str | None:

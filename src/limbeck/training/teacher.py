@@ -100,7 +100,7 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self._answering = ()
+        self._answering, self._identities = (), []
         for network in self._hidden:
             network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
