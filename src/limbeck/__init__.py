@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from limbeck.distillation import distill
     from limbeck.errors import UserError
+    from limbeck.export import Student
     from limbeck.systems.classification.kd import KD
     from limbeck.training.distiller import Distiller
     from limbeck.training.method import Method
@@ -23,12 +24,23 @@ _HOMES = {
     "KD": "limbeck.systems.classification.kd",
     "Method": "limbeck.training.method",
     "Network": "limbeck.training.network",
+    "Student": "limbeck.export",
     "Taps": "limbeck.training.taps",
     "Teacher": "limbeck.training.teacher",
     "UserError": "limbeck.errors",
 }
 
-__all__ = ["KD", "Distiller", "Method", "Network", "Taps", "Teacher", "UserError", "distill"]
+__all__ = [
+    "KD",
+    "Distiller",
+    "Method",
+    "Network",
+    "Student",
+    "Taps",
+    "Teacher",
+    "UserError",
+    "distill",
+]
 
 
 def __getattr__(name: str) -> Any:

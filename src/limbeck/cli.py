@@ -336,6 +336,39 @@ def report(folder: Path) -> None:
     _echo(str(page.write(Run.open(folder))))
 
 
+@app.command(epilog="Example: limbeck export runs/photos --format onnx --quantize int8")
+def export(
+    run: Annotated[str, typer.Argument(help="a finished run: its folder or run:PATH")],
+    format: Annotated[str, typer.Option(help="onnx, torch-export or safetensors")],
+    quantize: Annotated[str | None, typer.Option(help="int8, with onnx only")] = None,
+    out: Annotated[Path | None, typer.Option(help="a folder, new or empty")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's student for other programs, checked against it, with a model card."""
+    from limbeck.export import export as write
+
+    found = write(run, format, quantize, out)
+    if as_json:
+        _echo(json.dumps(found.as_json(), indent=2))
+        return
+    rows = [
+        ("", "file", "student"),
+        ("bytes", f"{found.bytes:,}", f"{found.student_bytes:,}"),
+        ("ms for one image", f"{found.latency_ms:.3f}", f"{found.student_latency_ms:.3f}"),
+    ]
+    if found.accuracy is not None and found.student_accuracy is not None:
+        rows.append(("accuracy", f"{found.accuracy:.4f}", f"{found.student_accuracy:.4f}"))
+    for name, ours, theirs in rows:
+        _echo(f"{name:<20}{ours:>12}{theirs:>12}")
+    _echo(
+        f"{found.samples} {found.sampled}: {found.equal_predictions:.1%} of predictions are equal, "
+        f"logits differ by up to {found.largest_difference:.2g} of {found.largest_logit:.2g}"
+    )
+    # A path may hold bytes that are no UTF-8.
+    file = f"{found.folder}/{found.file}".encode(errors="backslashreplace").decode()
+    _echo(f"\n{file}\n\n{found.loader}")
+
+
 @app.command(epilog="Example: limbeck profile resnet20 --size 32 --classes 100")
 def profile(
     model: Annotated[str, typer.Argument(help="see limbeck run --help")],
