@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from limbeck import cli
 from limbeck.catalogue import systems
 from limbeck.models import load
 
@@ -26,23 +25,6 @@ KEYS = {
 }
 
 
-@pytest.fixture
-def limbeck(monkeypatch, capsys):
-    """Run the command line in this process: status, standard output, standard error."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "smoke"
@@ -51,14 +33,14 @@ def smoke(tmp_path_factory) -> Path:
     return path
 
 
-def test_list_and_show_tell_of_every_system(limbeck):
-    status, out, _ = limbeck("list", "--json")
+def test_list_and_show_tell_of_every_system(command):
+    status, out, _ = command("list", "--json")
     assert status == 0
     assert [entry["slug"] for entry in json.loads(out)] == list(systems())
     for slug in systems():
-        assert slug in limbeck("list")[1]
-        assert systems()[slug].paper.title in limbeck("show", slug)[1]
-    assert json.loads(limbeck("list", "--json", "--task", "juggling")[1]) == []
+        assert slug in command("list")[1]
+        assert systems()[slug].paper.title in command("show", slug)[1]
+    assert json.loads(command("list", "--json", "--task", "juggling")[1]) == []
 
 
 def test_listing_the_systems_does_not_import_torch():
@@ -90,21 +72,21 @@ def test_the_deliverable_is_the_student_alone_under_its_own_names(smoke):
     assert sum(w.numel() for w in weights.values()) == parameters["student"]
 
 
-def test_evaluate_agrees_with_the_result(limbeck, smoke):
-    status, out, _ = limbeck("evaluate", f"run:{smoke}", "--data", "digits", "--json")
+def test_evaluate_agrees_with_the_result(command, smoke):
+    status, out, _ = command("evaluate", f"run:{smoke}", "--data", "digits", "--json")
     assert status == 0
     result = json.loads((smoke / "result.json").read_text())
     assert json.loads(out)["accuracy"] == pytest.approx(result["student"])
 
 
-def test_predict_says_what_the_network_says(limbeck, smoke, tmp_path):
+def test_predict_says_what_the_network_says(command, smoke, tmp_path):
     digits = load_digits()
     pixels = (digits.images[:3] * (255 / 16)).round().astype("uint8")
     files = []
     for number, image in enumerate(pixels):
         files.append(tmp_path / f"{number}.png")
         Image.fromarray(image).save(files[-1])
-    found = json.loads(limbeck("predict", smoke, *files, "--top", 10, "--json")[1])
+    found = json.loads(command("predict", smoke, *files, "--top", 10, "--json")[1])
     network = load(smoke / "student").eval()
     with torch.no_grad():
         expected = network(torch.tensor(pixels)[:, None].float() / 255).softmax(1)
@@ -113,22 +95,22 @@ def test_predict_says_what_the_network_says(limbeck, smoke, tmp_path):
         assert entry["classes"][0]["class"] == str(int(row.argmax()))
 
 
-def test_report_and_resume_of_a_finished_run(limbeck, smoke):
+def test_report_and_resume_of_a_finished_run(command, smoke):
     before = (smoke / "student.safetensors").read_bytes()
-    assert limbeck("report", smoke)[1].strip() == str(smoke / "report.html")
-    assert "nothing to resume" in limbeck("resume", smoke)[1]
+    assert command("report", smoke)[1].strip() == str(smoke / "report.html")
+    assert "nothing to resume" in command("resume", smoke)[1]
     assert (smoke / "student.safetensors").read_bytes() == before
 
 
-def test_a_recorded_recipe_gives_the_same_student_again(limbeck, smoke, tmp_path):
-    assert limbeck("run", smoke / "recipe.yaml", "--out", tmp_path / "again")[0] == 0
+def test_a_recorded_recipe_gives_the_same_student_again(command, smoke, tmp_path):
+    assert command("run", smoke / "recipe.yaml", "--out", tmp_path / "again")[0] == 0
     same = (tmp_path / "again" / "student.safetensors").read_bytes()
     assert same == (smoke / "student.safetensors").read_bytes()
 
 
-def test_tensorboard_writes_when_asked(limbeck, tmp_path):
+def test_tensorboard_writes_when_asked(command, tmp_path):
     words = [*SMOKE, "--set", "engine.trackers=[tensorboard]", "--set", "baseline=false"]
-    assert limbeck(*words, "--out", tmp_path / "run")[0] == 0
+    assert command(*words, "--out", tmp_path / "run")[0] == 0
     assert list((tmp_path / "run" / "logs").glob("*tfevents*"))
 
 
@@ -193,14 +175,14 @@ def mistakes(tmp: Path, smoke: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-def test_every_mistake_is_one_sentence_and_leaves_nothing_behind(limbeck, smoke, tmp_path):
+def test_every_mistake_is_one_sentence_and_leaves_nothing_behind(command, smoke, tmp_path):
     cases = mistakes(tmp_path, smoke)
     for label in ("a", "b"):
         (tmp_path / "two" / label).mkdir(parents=True)
         for number in range(4):
             Image.new("L", (8, 8), number).save(tmp_path / "two" / label / f"{number}.png")
     for name, (words, part) in cases.items():
-        status, _, err = limbeck(*words)
+        status, _, err = command(*words)
         assert status == 2, f"{name}: {err}"
         assert err.startswith("limbeck: "), name
         assert err.count("\n") == 1, f"{name}: {err}"
@@ -210,12 +192,12 @@ def test_every_mistake_is_one_sentence_and_leaves_nothing_behind(limbeck, smoke,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_to_go_on_and_ends_with_the_same_bits(limbeck, tmp_path, number):
+def test_a_stopped_run_says_how_to_go_on_and_ends_with_the_same_bits(command, tmp_path, number):
     words = [*SMOKE, "--set", "student.training.epochs=60", "--set", "baseline=false"]
-    assert limbeck(*words, "--out", tmp_path / "whole")[0] == 0
-    command = [sys.executable, "-m", "limbeck", *words, "--out", str(tmp_path / "stopped")]
+    assert command(*words, "--out", tmp_path / "whole")[0] == 0
+    started = [sys.executable, "-m", "limbeck", *words, "--out", str(tmp_path / "stopped")]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+        started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
     )
     metrics = tmp_path / "stopped" / "phases"
     deadline = time.monotonic() + 60
@@ -226,7 +208,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_with_the_same_bits(limbeck, tm
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert f"limbeck resume {tmp_path / 'stopped'}" in err
-    assert limbeck("resume", tmp_path / "stopped")[0] == 0
+    assert command("resume", tmp_path / "stopped")[0] == 0
     same = (tmp_path / "stopped" / "student.safetensors").read_bytes()
     assert same == (tmp_path / "whole" / "student.safetensors").read_bytes()
 

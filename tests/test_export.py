@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import limbeck
-from limbeck import cli, data
+from limbeck import data
 from limbeck.catalogue import system
 from limbeck.distillation import start
 from limbeck.errors import UserError
@@ -178,33 +178,20 @@ def test_an_export_that_answers_otherwise_is_refused(run, tmp_path, monkeypatch)
     assert not (tmp_path / "new").exists()
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-def test_the_command_tells_what_it_wrote(call, run, tmp_path):
+def test_the_command_tells_what_it_wrote(command, run, tmp_path):
     words = ["export", run, "--format", "safetensors", "--out"]
-    status, out, _ = call(*words, tmp_path / "json", "--json")
+    status, out, _ = command(*words, tmp_path / "json", "--json")
     assert status == 0
     assert json.loads(out)["folder"] == str(tmp_path / "json")
-    status, out, _ = call(*words, tmp_path / "table")
+    status, out, _ = command(*words, tmp_path / "table")
     assert status == 0
     assert "100.0% of predictions are equal" in out
     assert str(tmp_path / "table" / "student.safetensors") in out
 
 
-def test_every_mistake_is_one_sentence_and_leaves_nothing_behind(call, run, tmp_path, monkeypatch):
+def test_every_mistake_is_one_sentence_and_leaves_nothing_behind(
+    command, run, tmp_path, monkeypatch
+):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "recipe.yaml").write_text("system: kd")
     (tmp_path / "full").mkdir()
@@ -224,7 +211,7 @@ def test_every_mistake_is_one_sentence_and_leaves_nothing_behind(call, run, tmp_
         monkeypatch.setitem(sys.modules, name, None)
     for name, (words, part) in cases.items():
         out = [] if name == "full" else ["--out", tmp_path / "new"]
-        status, _, err = call("export", *words, *out)
+        status, _, err = command("export", *words, *out)
         assert status == 2, f"{name}: {err}"
         assert err.startswith("limbeck: "), name
         assert err.count("\n") == 1, f"{name}: {err}"
