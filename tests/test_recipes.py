@@ -259,3 +259,7 @@ def test_remembering_the_teacher_sets_what_was_not_set():
     assert found["engine"] == {"cache": "fp16", "threads": 2}
     assert recipes.with_cache({})["data"] == {"augment": {"views": recipes.VIEWS}}
     assert recipes.with_cache({"engine": {"cache": "full"}})["engine"] == {"cache": "full"}
+    # a recorded recipe holds null where nothing was said
+    recorded = recipes.validate(MINIMAL).model_dump(mode="json")
+    again = recipes.validate(recipes.with_cache(recorded))
+    assert (again.engine.cache, again.data.augment.views) == ("fp16", recipes.VIEWS)

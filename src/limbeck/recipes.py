@@ -188,10 +188,22 @@ VIEWS = 4
 def with_cache(values: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe values that remember the teacher's answers, of a finite number of views.
 
-    >>> with_cache({"data": {"augment": {"crop": 2}}})["data"]
-    {'augment': {'views': 4, 'crop': 2}}
+    >>> with_cache({"data": {"augment": {"crop": 2, "views": None}}})["data"]
+    {'augment': {'crop': 2, 'views': 4}}
     """
-    return merged({"engine": {"cache": "fp16"}, "data": {"augment": {"views": VIEWS}}}, values)
+    return _filled(values, {"engine": {"cache": "fp16"}, "data": {"augment": {"views": VIEWS}}})
+
+
+def _filled(values: Mapping[str, Any], lacking: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with those of ``lacking`` where there is nothing or null, mapping by mapping."""
+    result = dict(values)
+    for key, value in lacking.items():
+        before = result.get(key)
+        if before is None:
+            result[key] = value
+        elif isinstance(before, Mapping) and isinstance(value, Mapping):
+            result[key] = _filled(before, value)
+    return result
 
 
 def _teachers(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
