@@ -354,3 +354,37 @@ def test_little_work_is_done_on_one_thread_and_a_resumed_run_keeps_their_number(
         assert set(seen) == {2}
     finally:
         torch.set_num_threads(before)
+
+
+class Deadly(Voice):
+    """Kills the run after a step."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(quiet=True)
+        self.last = last
+
+    def step(self, done, terms=None, samples=0):
+        if done == self.last:
+            raise Killed
+
+
+@pytest.mark.parametrize("last", [3, 9, 24, 25, 39])
+def test_a_phase_has_a_profile_once_its_recorded_steps_are_done(tmp_path, last):
+    model = net()
+    update = Update(
+        train={"m": model},
+        terms=lambda b: {"l": nn.functional.cross_entropy(model(b["image"]), b["label"])},
+        settings=Training(),
+    )
+    fit = Fit(name="fit", updates=[update], batches=batches(40, 4), epochs=4)
+    engine = QUICK.model_copy(update={"profile": True, "checkpoint_seconds": 1e9})
+    run = Run.create(tmp_path / "run", {"test": True})
+    with pytest.raises(Killed):
+        Trainer(run, engine, Deadly(last)).work(iter_phases(fit))
+    # the first five steps are left out, and twenty are enough
+    file = run.path / "profile" / "fit.json"
+    assert file.exists() == (last >= 25)
+    if file.exists():
+        profile = json.loads(file.read_text())
+        assert profile["steps"] == 20
+        assert profile["parts"]["other"]["ms"] > 0

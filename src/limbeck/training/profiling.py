@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from limbeck.training.progress import Voice
 
-STRETCHES = ("data", "teacher", "student", "loss", "backward", "optimiser")
+STRETCHES = ("data", "teacher", "student", "loss", "backward", "optimiser", "evaluation")
 SKIPPED, RECORDED = 5, 20
 
 
@@ -25,7 +25,9 @@ def stretch(name: str) -> AbstractContextManager[Any]:
 class Profile:
     """Records some steps of a phase: a table, and a trace for chrome://tracing.
 
-    The first steps, in which memory is first touched and networks are compiled, are left out.
+    The first steps, in which memory is first touched and networks are compiled, are left out. A
+    phase of a single step, or one that is stopped before the last recorded step, has no profile.
+    Where an epoch ends among the recorded steps, its evaluation is in the table.
 
     Args:
         folder: where ``PHASE.trace.json`` and ``PHASE.json`` go.
@@ -42,37 +44,37 @@ class Profile:
         self._phase = phase
         self._device = device
         self._voice = voice
-        self._skipped = min(SKIPPED, steps // 2)
-        self._steps = min(RECORDED, steps - self._skipped)
+        skipped = max(1, min(SKIPPED, steps // 2))
+        self._steps = max(1, min(RECORDED, steps - skipped))
+        self._left = skipped + self._steps
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=self._skipped - 1, warmup=1, active=self._steps, repeat=1)
-            if self._skipped
-            else None,
+            schedule=schedule(wait=skipped - 1, warmup=1, active=self._steps, repeat=1),
             on_trace_ready=self._ready,
         )
         self._profile.start()
-        self._running = True
 
     def step(self) -> None:
         """A step of the phase is done."""
-        if self._running:
+        if self._left:
+            self._left -= 1
             self._profile.step()
 
     def end(self) -> None:
         """The phase is done."""
-        if self._running:
+        if self._left:
             self._profile.stop()
 
     def _ready(self, recorded: Any) -> None:
-        self._running = False
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        recorded.export_chrome_trace(str(self._path.with_suffix(".trace.json")))
+        if self._left:
+            return
         found = {event.key: event for event in recorded.key_averages()}
         whole = sum(e.cpu_time_total for k, e in found.items() if k.startswith("ProfilerStep"))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        recorded.export_chrome_trace(str(self._path.with_suffix(".trace.json")))
         table: dict[str, dict[str, float]] = {}
         for name in STRETCHES:
             if name in found:
@@ -82,7 +84,7 @@ class Profile:
         step = whole / 1e3 / self._steps
         table["other"] = {"ms": step - sum(row["ms"] for row in table.values())}
         for row in table.values():
-            row["share"] = row["ms"] / step if step else 0.0
+            row["share"] = row["ms"] / step
         report = {"phase": self._phase, "steps": self._steps, "ms_per_step": step, "parts": table}
         self._path.with_suffix(".json").write_text(json.dumps(report, indent=2))
         self._speak(report)

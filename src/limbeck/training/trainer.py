@@ -405,7 +405,8 @@ class _Fitting:
             )
         self._log(0)
         self.epoch, self.step = self.epoch + 1, 0
-        self._after_epoch()
+        with stretch("evaluation"):
+            self._after_epoch()
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         with stretch("data"):
@@ -528,7 +529,7 @@ class _Fitting:
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.spent = state["seconds"]
         # Sums in another number of parts would round otherwise.
-        torch.set_num_threads(state["threads"])
+        torch.set_num_threads(state.get("threads", self.trainer.threads))
         _load(self.phase, state["modules"])
         for worker, saved in zip(self.workers, state["optimisers"], strict=True):
             worker.optimiser.load_state_dict(saved)
