@@ -162,9 +162,11 @@ def test_the_size_is_said_before_it_is_written_and_comes_true(tmp_path):
     (file,) = tmp_path.glob("*/view-1.records")
     assert file.stat().st_size == 48 * 50
     assert json.loads(file.with_name("about.json").read_text())["bytes"] == 48
-    look_up(Cache(tmp_path, "fp16", voice), ROWS, View("photos", 1, 1, 40, 50))
-    # one of nine views is not, but this one is
-    assert "to be written" in voice.said[0]
+    for number in (0, 2):
+        look_up(Cache(tmp_path, "fp16"), ROWS, View("photos", number, 3, 40, 50))
+    look_up(Cache(tmp_path, "fp16", voice), ROWS)
+    assert voice.said[-1].endswith(f"48 bytes each, kept in {file.parent}")
+    assert sum(f.stat().st_size for f in file.parent.glob("*.records")) == 3 * 48 * 50
 
 
 def test_answers_that_do_not_fit_on_the_disk_are_refused_before_training(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ class Cache:
             f"teacher's answers ({self.storage}): {view.samples:,} samples x {view.of} "
             f"view{'s' * (view.of > 1)}, {store.record:,} bytes each, "
         )
-        text += f"{_size(lacking)} to be written" if lacking else "remembered"
+        text += f"{_size(lacking)} to be written" if lacking else "kept"
         self.voice.say(f"{text} in {store.folder}")
         store.mapped(view.number)
         return store

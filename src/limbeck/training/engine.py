@@ -1,4 +1,4 @@
-"""How the engine works; none of it changes what is learnt beyond rounding."""
+"""How the engine works: one switch for each way to be fast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Engine(BaseModel):
-    """How the engine works; none of it changes what is learnt beyond rounding.
+    """How the engine works; but for a cache that keeps less, it changes what is learnt by rounding.
 
     ``precision`` bf16 rounds each product to 8 bits of mantissa, which training does not feel but
     a comparison of two runs does. ``cache`` keeps the teacher's answers on disk: ``full`` to the

@@ -28,7 +28,7 @@ class Teacher(nn.Module):
     The networks are no submodules: they appear neither in ``parameters()`` nor in
     ``state_dict()`` of a module that holds the teacher, and a parent's ``.train()`` does not wake
     them; ``.to(device)`` does move them. They answer through copies that share their weights and
-    are made when the first answer is wanted, or again after :meth:`tap`.
+    are made when the first answer is wanted, and again when :meth:`tap` wants others.
 
     Args:
         networks: one network or several; plain modules are wrapped.
@@ -111,6 +111,7 @@ class Teacher(nn.Module):
 
         Without ``outputs`` the networks stop at the last of them, and answers hold features only.
         """
+        before = self.paths, self.outputs
         self.paths, self.outputs = tuple(paths), outputs
         if self.paths and len(self._hidden) > 1 and self.route is None:
             raise UserError(
@@ -119,7 +120,8 @@ class Teacher(nn.Module):
             )
         for network in self._hidden:
             Taps(network.model, self.paths).remove()
-        self._answering = ()
+        if (self.paths, self.outputs) != before:
+            self._answering = ()
 
     def _awake(self) -> tuple[tuple[Network, Taps], ...]:
         """The copies that answer, each with its taps."""
