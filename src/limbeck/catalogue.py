@@ -14,6 +14,8 @@ import yaml
 from limbeck.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from limbeck.training.method import Method
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -38,23 +40,45 @@ class Paper:
 
 @dataclass(frozen=True)
 class System:
-    """A paper's system: its idea, its presets, what was measured, and where its code lies."""
+    """A paper's system: its idea, its presets, what was measured, and where its code lies.
+
+    ``method`` names the class of its method; a paper that is a network alone has none.
+    ``networks`` says what networks it brings, name by name; the names begin with the slug.
+    """
 
     slug: str
     domain: str
     paper: Paper
     idea: str
     equations: str
-    method: str
     presets: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    method: str = ""
+    networks: Mapping[str, str] = field(default_factory=dict, repr=False)
     results: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     notes: str = ""
 
     def method_class(self) -> type[Method]:
-        """The class that the system's YAML names, from the file beside it."""
-        module = f"limbeck.systems.{self.domain}.{self.slug.replace('-', '_')}"
-        found: type[Method] = getattr(importlib.import_module(module), self.method)
+        """The class that the system's YAML names, from the file beside it.
+
+        Raises:
+            UserError: the paper is a network and brings no method.
+        """
+        if not self.method:
+            raise UserError(
+                f"{self.slug} is a network and no method; name it as a student or a teacher, as in "
+                f"--student {next(iter(self.networks))}"
+            )
+        found: type[Method] = getattr(self._module(), self.method)
         return found
+
+    def network(self, name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
+        """One of the paper's networks, made by the function ``network`` of the file beside it."""
+        made: nn.Module = self._module().network(name, classes, channels, size)
+        return made
+
+    def _module(self) -> Any:
+        name = self.slug.replace("-", "_")
+        return importlib.import_module(f"limbeck.systems.{self.domain}.{name}")
 
     def as_json(self) -> dict[str, Any]:
         """What ``limbeck list --json`` says of the system."""

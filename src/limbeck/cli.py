@@ -107,11 +107,15 @@ def _card(system: System) -> str:
         "",
         "Equations",
         *("  " + line for line in system.equations.strip().splitlines()),
-        "",
-        f"Parameters of {system.method} (--set method.NAME=VALUE)",
     ]
-    for name, field in schema(system.method_class()).model_fields.items():
-        lines.append(f"  {name} = {field.default!r}{_range(field.metadata)}")
+    if system.method:
+        lines += ["", f"Parameters of {system.method} (--set method.NAME=VALUE)"]
+        for name, field in schema(system.method_class()).model_fields.items():
+            lines.append(f"  {name} = {field.default!r}{_range(field.metadata)}")
+    if system.networks:
+        lines += ["", "Networks (--student NAME, --teacher NAME)"]
+        width = max(map(len, system.networks))
+        lines += [f"  {name:<{width}}  {line}" for name, line in system.networks.items()]
     lines += ["", "Run"]
     lines += [f"  limbeck run {system.slug} --preset {name}" for name in system.presets]
     if system.notes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -21,17 +21,17 @@ from limbeck import data as sources
 from limbeck.data.data import Data
 from limbeck.errors import UserError
 from limbeck.models import Input, build, load, profile, save, weights_given
-from limbeck.recipes import Recipe, Transfer, validate
+from limbeck.recipes import ModelPart, Recipe, Transfer, validate
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks.classification import Classification
-from limbeck.training.bench import Bench, Candidate
+from limbeck.training.bench import Bench, Candidate, Rival
 from limbeck.training.cache import Cache
 from limbeck.training.engine import Engine
 from limbeck.training.method import Method
 from limbeck.training.network import Network
 from limbeck.training.phases import Training
 from limbeck.training.progress import Voice
-from limbeck.training.run import RESULT, Run
+from limbeck.training.run import FINDINGS, RESULT, Run
 from limbeck.training.task import model_output
 from limbeck.training.teacher import Teacher
 from limbeck.training.trainer import Trainer
@@ -251,12 +251,15 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     if part.limit is not None and part.limit < len(train):
         train = sources.transfer(train, fraction=part.limit / len(train))
     transfer = train
+    if part.labelled < 1:
+        transfer = replace(train, labels=None)
+        train = sources.transfer(train, fraction=part.labelled)
     if part.unlabelled is not None:
         transfer = sources.unlabelled(part.unlabelled, data.size)
         voice.say(f"students learn from {len(transfer):,} unlabelled images of {part.unlabelled}")
     if part.transfer != Transfer():
         transfer = sources.transfer(transfer, **part.transfer.model_dump())
-    if part.unlabelled is None and len(transfer) < len(data.train):
+    if part.unlabelled is None and min(len(transfer), len(train)) < len(data.train):
         voice.say(
             f"teachers learn from {len(train):,} of {len(data.train):,} training samples, "
             f"students from {len(transfer):,}"
@@ -277,6 +280,14 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
         own_task = None if teacher.augment is None else task(teacher.augment)
         candidates.append(Candidate(network, training, own_task))
     make_student(recipe.seed)  # a model that cannot be built is found before the run folder is made
+    rival = None
+    if isinstance(other := recipe.baseline, ModelPart):
+
+        def make_rival(seed: int) -> Network:
+            return build(other.model, data.classes, own, seed=seed)
+
+        own_task = None if other.augment is None else task(other.augment)
+        rival = Rival(make_rival, other.training, own_task)
     bench = Bench(
         engine=recipe.engine,
         task=task(),
@@ -288,14 +299,20 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
         make_student=make_student,
         training=recipe.student.training,
         seeds=tuple(range(recipe.seed, recipe.seed + recipe.seeds)),
-        baseline=recipe.baseline,
+        baseline=bool(recipe.baseline),
+        rival=rival,
         select=recipe.select,
         mean=recipe.mean,
         weights=recipe.weights,
         device=device,
         voice=voice,
     )
-    facts = {"system": recipe.system, "preset": recipe.preset, **_facts(data)}
+    facts = {
+        "system": recipe.system,
+        "preset": recipe.preset,
+        "names": recipe.names(),
+        **_facts(data),
+    }
     return _Job(recipe.method(), bench, recipe.engine, facts, (data.channels, *data.size))
 
 
@@ -401,7 +418,7 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
     """Measure on the test split, deliver the networks, write result and report."""
     from limbeck.report import page, table
 
-    bench, task = job.bench, job.bench.task
+    bench, task, called = job.bench, job.bench.task, table.names(job.facts)
     first = bench.seeds[0]
     networks = bench.delivered(first)
     shown = {name: _single(network) for name, network in networks.items()}
@@ -430,7 +447,7 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
         "latency_ms": {n: _sum_of([p.latency_ms or {} for p in ps]) for n, ps in profiles.items()},
         **compared,
         "seeds": rows,
-        "verdict": _verdict(rows, task.higher_is_better),
+        "verdict": _verdict(rows, task.higher_is_better, called),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "limbeck": __version__,
     }
@@ -438,7 +455,7 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
         result["teacher"] = task.measure(networks["teacher"], bench.test)[task.metric]
         if "baseline" in rows[0] and not task.better(result["teacher"], rows[0]["baseline"]):
             bench.voice.warn(
-                f"the teacher ({result['teacher']:.4f}) is no better than the plain student "
+                f"the teacher ({result['teacher']:.4f}) is no better than the {called['baseline']} "
                 f"({rows[0]['baseline']:.4f}) on the test split: it has little to teach"
             )
     for role, group in shown.items():
@@ -446,6 +463,8 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
             name = role if len(group) == 1 else f"{role}-{number + 1}"
             save(network, run.path / name, {"data": job.facts["data"], "view": list(job.view)})
     task.record(networks, bench.test, run.path)
+    findings = job.method.findings(bench, run.metrics())
+    run.write_json(FINDINGS, {"findings": [found.as_json() for found in findings]})
     run.write_json(RESULT, result)
     report = page.write(run)
     bench.voice.console.print(table.as_rich(result))
@@ -463,12 +482,17 @@ def _single(network: Network | Teacher) -> tuple[Network, ...]:
     return network.networks if isinstance(network, Teacher) else (network,)
 
 
-def _verdict(rows: Sequence[Mapping[str, float]], higher_is_better: bool) -> dict[str, Any]:
+def _verdict(
+    rows: Sequence[Mapping[str, float]], higher_is_better: bool, called: Mapping[str, str]
+) -> dict[str, Any]:
     if "baseline" not in rows[0] or "student" not in rows[0]:
-        return {"word": "none", "sentence": "no plain student was trained to compare with"}
+        return {"word": "none", "sentence": f"no {called['baseline']} was trained to compare with"}
     from limbeck.report.verdict import verdict
 
     found = verdict(
-        [row["baseline"] for row in rows], [row["student"] for row in rows], higher_is_better
+        [row["baseline"] for row in rows],
+        [row["student"] for row in rows],
+        higher_is_better,
+        (called["baseline"], called["student"]),
     )
     return {"word": found.word, "sentence": found.sentence}

@@ -43,6 +43,11 @@ class DataPart(_Part):
     size: tuple[Side, Side] | None = None
     label: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="training samples")
+    labelled: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="share of the training samples that have labels; below 1 students learn from "
+        "all of them without",
+    )
     augment: Augment = Augment()
     unlabelled: str | None = Field(default=None, description="source of the students' images")
     transfer: Transfer = Transfer()
@@ -54,6 +59,7 @@ class ModelPart(_Part):
     model: str
     training: Training = Training()
     augment: Augment | None = Field(default=None, description="instead of the data's")
+    called: str = Field(default="", description="in tables and pictures")
 
 
 class Recipe(_Part):
@@ -70,9 +76,19 @@ class Recipe(_Part):
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, lt=2**31)
     seeds: int = Field(default=1, ge=1, le=1000, description="paired comparisons, from `seed` on")
-    baseline: bool = True
+    baseline: bool | ModelPart = Field(
+        default=True, description="the plain student; or another model to compare with"
+    )
     select: Literal["last", "best"] = "last"
     engine: Engine = Engine()
+
+    def names(self) -> dict[str, str]:
+        """What the roles are called where the recipe says so, or compares two models."""
+        parts = {"student": self.student}
+        if isinstance(self.baseline, ModelPart):
+            parts["baseline"] = self.baseline
+        named = {role: p.called or (p.model if len(parts) > 1 else "") for role, p in parts.items()}
+        return {role: name for role, name in named.items() if name}
 
     def method(self) -> Method:
         """The method, or the sum of methods, that the recipe names."""

@@ -25,7 +25,7 @@ def build(spec: str, classes: Sequence[str], input: Input, seed: int | None = No
     """Make the model that a string names.
 
     ===================  ==========================================================================
-    ``NAME``             one of Limbeck's own (:data:`limbeck.models.zoo.NAMES`)
+    ``NAME``             one of Limbeck's own (:func:`limbeck.models.zoo.names`)
     ``torchvision:NAME`` a classifier of torchvision
     ``timm:NAME``        a model of timm
     ``hf:FOLDER``        what ``save_pretrained`` wrote, with the weights in it if there are any

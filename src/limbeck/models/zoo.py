@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from limbeck.catalogue import systems
 from limbeck.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -42,11 +43,17 @@ NAMES: dict[str, str] = {
 """Name -> one line about it. Each can be made as it stands; patterns are named in the line."""
 
 
+def names() -> dict[str, str]:
+    """All networks: :data:`NAMES` and those that the systems bring, which begin with their slug."""
+    brought = (system.networks for system in systems().values())
+    return {name: line for networks in (NAMES, *brought) for name, line in networks.items()}
+
+
 def make(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
     """Make one of Limbeck's own networks with fresh weights.
 
     Args:
-        name: one of :data:`NAMES`, or wrn-D-W, mlp-H1-H2-..., mlp-...-drop, cnn-W1-W2-....
+        name: one of :func:`names`, or wrn-D-W, mlp-H1-H2-..., mlp-...-drop, cnn-W1-W2-....
         classes: number of outputs.
         channels: of the images, (B, channels, H, W).
         size: height and width of the images in pixels.
@@ -58,6 +65,9 @@ def make(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Mo
         >>> make("resnet8", 10, 3, (32, 32)).stages
         ('stage1', 'stage2', 'stage3')
     """
+    owner = systems().get(name.partition("-")[0])
+    if owner is not None and owner.networks:
+        return owner.network(name, classes, channels, size)
     least, maker = _maker(name, classes, channels, size)
     if min(size) < least:
         raise UserError(
@@ -75,7 +85,7 @@ def _maker(
     if family in ("wrn", "mlp", "cnn") and numbers and all(map(str.isdecimal, numbers)):
         return _patterned(name, family, [int(n) for n in numbers], classes, channels, size)
     if name not in NAMES:
-        raise UserError(f"there is no network named {name!r}; {did_you_mean(name, NAMES)}")
+        raise UserError(f"there is no network named {name!r}; {did_you_mean(name, names())}")
     if name == "resnet50-cifar":
         from limbeck.models.resnet50_cifar import SmallResNet50
 

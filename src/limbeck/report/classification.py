@@ -22,11 +22,10 @@ from limbeck.report.figures import (
     Picture,
     Section,
     grid,
-    names,
     panel,
     plain,
 )
-from limbeck.report.table import ROLES
+from limbeck.report.table import ROLES, names
 from limbeck.training.run import Run
 
 if TYPE_CHECKING:
@@ -56,7 +55,9 @@ def sections(run: Run) -> list[Section]:
     found = _read(run)
     if found is None:
         return []
-    return [*_calibration(found, run.result()), *_confusion(found), *_examples(found)]
+    result = run.result()
+    called = names(result)
+    return [*_calibration(found, result), *_confusion(found, called), *_examples(found, called)]
 
 
 def _read(run: Run) -> Predictions | None:
@@ -189,7 +190,7 @@ def most_changed(difference: NDArray[np.float64], most: int = MOST_CLASSES) -> N
     return np.sort(order).astype(np.int64)
 
 
-def _confusion(found: Predictions) -> list[Section]:
+def _confusion(found: Predictions, called: Mapping[str, str]) -> list[Section]:
     if not {"baseline", "student"} <= found.probabilities.keys():
         return []
     tables = [
@@ -202,9 +203,9 @@ def _confusion(found: Predictions) -> list[Section]:
     kept = most_changed(difference)
     drawn = _heat_map(difference[np.ix_(kept, kept)], [found.classes[i] for i in kept])
     caption = (
-        "Percentage points of a true class (row) that the distilled student puts into a class "
-        "(column) more often (blue, +) or less often (orange, −) than the plain one; blue on the "
-        "diagonal and orange beside it are gains."
+        f"Percentage points of a true class (row) that the {called['student']} puts into a class "
+        f"(column) more often (blue, +) or less often (orange, −) than the {called['baseline']}; "
+        "blue on the diagonal and orange beside it are gains."
     )
     if len(kept) < len(found.classes):
         caption += f" The {len(kept)} most changed of {len(found.classes)} classes."
@@ -265,7 +266,7 @@ def _heat_map(difference: NDArray[np.float64], classes: Sequence[str]) -> Panel:
 # Examples.
 
 
-def _examples(found: Predictions) -> list[Section]:
+def _examples(found: Predictions, called: Mapping[str, str]) -> list[Section]:
     if not {"baseline", "student"} <= found.probabilities.keys() or not len(found.positions):
         return []
     labels = found.labels[found.positions]
@@ -277,24 +278,32 @@ def _examples(found: Predictions) -> list[Section]:
     galleries = []
     for title, chosen, meaning in (
         (
-            "Put right by distillation",
+            f"Put right by the {called['student']}",
             ~right["baseline"] & right["student"],
             "wrong",
         ),
-        ("Broken by distillation", right["baseline"] & ~right["student"], "right"),
+        (f"Broken by the {called['student']}", right["baseline"] & ~right["student"], "right"),
     ):
         places = np.flatnonzero(chosen)
         if not len(places):
             continue
-        pictures = [_picture(found, answers, int(place)) for place in places[:MOST_PICTURES]]
+        pictures = [
+            _picture(found, answers, called, int(place)) for place in places[:MOST_PICTURES]
+        ]
         other = "right" if meaning == "wrong" else "wrong"
-        caption = f"Test images that the plain student gets {meaning} and the distilled one {other}"
+        caption = f"Test images that the {called['baseline']} gets {meaning} and the "
+        caption += f"{called['student']} {other}"
         caption += f"; {len(pictures)} of {len(places)}." if len(places) > len(pictures) else "."
         galleries.append(Gallery(title, pictures, caption))
     return [Section("examples", "Examples", galleries=galleries)] if galleries else []
 
 
-def _picture(found: Predictions, answers: Mapping[str, NDArray[np.int64]], place: int) -> Picture:
+def _picture(
+    found: Predictions,
+    answers: Mapping[str, NDArray[np.int64]],
+    called: Mapping[str, str],
+    place: int,
+) -> Picture:
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(found.images[place]))
@@ -303,9 +312,8 @@ def _picture(found: Predictions, answers: Mapping[str, NDArray[np.int64]], place
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
     true = found.classes[found.labels[found.positions[place]]]
-    short = {"teacher": "teacher", "baseline": "plain", "student": "distilled"}
     said = [
-        (short[role], found.classes[answers[role][place]])
+        (called[role].removesuffix(" student"), found.classes[answers[role][place]])
         for role in ("baseline", "student", "teacher")
         if role in answers
     ]

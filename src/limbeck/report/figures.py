@@ -7,13 +7,11 @@ import re
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup
-
-from limbeck.report.table import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,12 +102,14 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, under a heading."""
+    """A part of the page, under a heading; ``table`` has rows of cells, the headings first."""
 
     anchor: str
     title: str
     figures: list[Figure] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
+    table: Sequence[Sequence[str]] = ()
+    note: str = ""
 
 
 def panel(
@@ -174,12 +174,6 @@ def _value(key: str, value: str, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         value = value.replace(colour, variable)
     return value
-
-
-def names(result: Mapping[str, Any]) -> dict[str, str]:
-    """What the roles are called: a student that nobody taught is just the model."""
-    alone = all(result.get(role) is None for role in ("teacher", "baseline"))
-    return {**ROLES, "student": "model"} if alone else dict(ROLES)
 
 
 def plain(text: object, longest: int = 24) -> str:

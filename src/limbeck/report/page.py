@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.report import classification
+from limbeck.report import classification, findings
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -20,13 +20,12 @@ from limbeck.report.figures import (
     Section,
     grid,
     logarithmic,
-    names,
     panel,
     plain,
     short,
     spread,
 )
-from limbeck.report.table import ROLES, rows
+from limbeck.report.table import ROLES, names, rows
 from limbeck.report.verdict import mean_interval
 from limbeck.training.checkpoint import write_atomically
 from limbeck.training.run import Run
@@ -71,6 +70,7 @@ def _content(run: Run) -> dict[str, Any]:
         *_curves(metrics, result),
         *_cost(result),
         *_agreement(result),
+        *findings.sections(run),
         *(own(run) if own is not None else []),
     ]
     return {
@@ -94,7 +94,7 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     seconds = result.get("seconds") or {}
     if seconds.get("total") is not None:
         facts.append(f"{_duration(seconds['total'])} in all")
-    for role, name in ROLES.items():
+    for role, name in names(result).items():
         if seconds.get(role) and result.get(role) is not None and result.get("baseline"):
             facts.append(f"{name} {_duration(seconds[role])}")
     return facts
@@ -285,7 +285,7 @@ def _means(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _cost(result: Mapping[str, Any]) -> list[Section]:
-    means, metric = _means(result), result["metric"]["name"]
+    means, metric, called = _means(result), result["metric"]["name"], names(result)
     costs = {
         "parameters": result.get("parameters") or {},
         "median latency (ms)": {
@@ -298,9 +298,9 @@ def _cost(result: Mapping[str, Any]) -> list[Section]:
         points = {role: (known[role], mean) for role, mean in means.items() if role in known}
         if len(points) < 2:
             continue
-        said = ", ".join(f"{ROLES[r]} {y:.4g} at {x:,.4g}" for r, (x, y) in points.items())
+        said = ", ".join(f"{called[r]} {y:.4g} at {x:,.4g}" for r, (x, y) in points.items())
         label = f"{metric} against {heading}: {said}"
-        panels.append(panel(f"cost{number}", label, _scatter(points, heading, metric)))
+        panels.append(panel(f"cost{number}", label, _scatter(points, called, heading, metric)))
     if not panels:
         return []
     ideal = "upper" if result["metric"].get("higher_is_better", True) else "lower"
@@ -310,7 +310,7 @@ def _cost(result: Mapping[str, Any]) -> list[Section]:
 
 
 def _scatter(
-    points: Mapping[str, tuple[float, float]], heading: str, metric: str
+    points: Mapping[str, tuple[float, float]], called: Mapping[str, str], heading: str, metric: str
 ) -> Callable[[Axes], None]:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -330,12 +330,14 @@ def _scatter(
         axes.set_xlabel(heading)
         axes.set_ylabel(plain(metric))
         grid(axes)
-        _label_points(axes, points)
+        _label_points(axes, points, called)
 
     return draw
 
 
-def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def _label_points(
+    axes: Axes, points: Mapping[str, tuple[float, float]], called: Mapping[str, str]
+) -> None:
     """Names beside the points, towards the middle, moved apart where they would overlap."""
     axes.autoscale_view()  # what is not drawn yet has no places yet
     inside = axes.transData + axes.transAxes.inverted()
@@ -345,7 +347,7 @@ def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None
         heights = spread([float(places[role][1]) for role in side], 0.1)
         for role, height in zip(side, heights, strict=True):
             axes.annotate(
-                ROLES[role],
+                plain(called[role]),
                 (float(places[role][0]) + (0.04 if left else -0.04), height),
                 xycoords="axes fraction",
                 ha="left" if left else "right",
@@ -356,7 +358,7 @@ def _label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None
 
 
 def _agreement(result: Mapping[str, Any]) -> list[Section]:
-    agreement = result.get("agreement") or {}
+    agreement, called = result.get("agreement") or {}, names(result)
     shares = {r: agreement[r] for r in ROLES if agreement.get(r) is not None}
     if not shares:
         return []
@@ -370,7 +372,7 @@ def _agreement(result: Mapping[str, Any]) -> list[Section]:
                 xycoords=("axes fraction", "data"),
                 va="center",
             )
-        axes.set_yticks(range(len(shares)), [ROLES[role] for role in shares])
+        axes.set_yticks(range(len(shares)), [plain(called[role]) for role in shares])
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
@@ -379,7 +381,7 @@ def _agreement(result: Mapping[str, Any]) -> list[Section]:
         grid(axes, "x")
         axes.axvline(0, color=INK, linewidth=0.6)
 
-    said = ", ".join(f"{ROLES[role]} {100 * share:.1f} %" for role, share in shares.items())
+    said = ", ".join(f"{called[role]} {100 * share:.1f} %" for role, share in shares.items())
     drawn = panel(
         "agreement", f"Agreement with the teacher: {said}", draw, (4.2, 0.55 + 0.36 * len(shares))
     )

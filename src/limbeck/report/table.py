@@ -12,11 +12,23 @@ from limbeck.report.verdict import mean_interval
 ROLES = {"teacher": "teacher", "baseline": "plain student", "student": "distilled student"}
 
 
+def names(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the roles are called: a student that was compared with nothing is just the model.
+
+    >>> names({"student": 0.5})["student"], names({"names": {"student": "with dropout"}})["student"]
+    ('model', 'with dropout')
+    """
+    alone = "student" in result and all(result.get(r) is None for r in ("teacher", "baseline"))
+    usual = {**ROLES, "student": "model"} if alone else ROLES
+    return {**usual, **(result.get("names") or {})}
+
+
 def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of strings, one row a network that the run has."""
     there = [role for role in ROLES if result.get(role) is not None]
     headings = ["", result["metric"]["name"]]
-    columns = [[_name(role, there) for role in there], [_metric(result, role) for role in there]]
+    called = names(result)
+    columns = [[called[role] for role in there], [_metric(result, role) for role in there]]
     latency = {role: (p or {}).get("p50") for role, p in (result.get("latency_ms") or {}).items()}
     for facts, heading, form in (
         (result.get("agreement"), "agreement", _percent),
@@ -30,10 +42,6 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             headings.append(heading)
             columns.append([form(known[role]) if role in known else "" for role in there])
     return headings, [list(row) for row in zip(*columns, strict=True)]
-
-
-def _name(role: str, there: list[str]) -> str:
-    return "model" if there == ["student"] else ROLES[role]
 
 
 def _metric(result: Mapping[str, Any], role: str) -> str:

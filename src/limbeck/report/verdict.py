@@ -28,7 +28,10 @@ class Verdict:
 
 
 def verdict(
-    baseline: Sequence[float], student: Sequence[float], higher_is_better: bool = True
+    baseline: Sequence[float],
+    student: Sequence[float],
+    higher_is_better: bool = True,
+    names: tuple[str, str] = ("plain student", "distilled student"),
 ) -> Verdict:
     """Compare distilled with plain students, one pair a seed, by a two-sided paired t test.
 
@@ -48,7 +51,7 @@ def verdict(
     """
     if len(baseline) != len(student) or not baseline:
         raise ValueError(
-            f"{len(baseline)} plain and {len(student)} distilled students make no pairs"
+            f"{len(baseline)} of the {names[0]} and {len(student)} of the {names[1]} make no pairs"
         )
     sign = 1.0 if higher_is_better else -1.0
     differences = [sign * (s - b) for b, s in zip(baseline, student, strict=True)]
@@ -61,7 +64,7 @@ def verdict(
     if number < LEAST_SEEDS:
         return Verdict(
             "not decided",
-            f"not decided: the distilled student differs by {mean:+.4f} from the plain one in "
+            f"not decided: the {names[1]} differs by {mean:+.4f} from the {names[0]} in "
             f"{number} seed{'s' if number > 1 else ''}; --seeds {LEAST_SEEDS} or more can decide",
             number,
             mean,
@@ -83,7 +86,7 @@ def verdict(
         word = "worse"
     return Verdict(
         word,
-        f"{word}: the distilled student differs by {mean:+.4f} from the plain one "
+        f"{word}: the {names[1]} differs by {mean:+.4f} from the {names[0]} "
         f"(95 % interval {low:+.4f} to {high:+.4f}, p = {p:.2g}, paired t test, {number} seeds)",
         number,
         mean,

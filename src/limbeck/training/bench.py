@@ -35,6 +35,18 @@ class Candidate:
     task: Task | None = None
 
 
+@dataclass(frozen=True)
+class Rival:
+    """What students are compared with where that is not themselves, plainly trained.
+
+    Another network, or the same one trained or augmented in another way.
+    """
+
+    make: Callable[[int], Network]
+    training: Training
+    task: Task | None = None
+
+
 @dataclass(kw_only=True)
 class Bench:
     """What a method finds laid out for it.
@@ -51,6 +63,7 @@ class Bench:
         training: the students' budget.
         seeds: one paired comparison each.
         baseline: whether the plain student is trained too.
+        rival: the baseline, where it is not the plain student.
         select: whether the last epoch counts or the best on validation data.
         mean, weights: how several teachers are averaged (see :class:`Teacher`).
         engine: how networks are laid out and answer.
@@ -67,6 +80,7 @@ class Bench:
     training: Training
     seeds: tuple[int, ...] = (0,)
     baseline: bool = True
+    rival: Rival | None = None
     select: Literal["last", "best"] = "last"
     mean: Literal["probabilities", "logits"] = "probabilities"
     weights: Sequence[float] | None = None
@@ -102,11 +116,11 @@ class Bench:
 
     def student(self, seed: int) -> Network:
         """A fresh student for this seed, delivered at the end of the run."""
-        self.students[seed] = self._fresh(seed)
+        self.students[seed] = self._fresh(self.make_student, seed)
         return self.students[seed]
 
-    def _fresh(self, seed: int) -> Network:
-        network = self.laid_out(self.make_student(seed))
+    def _fresh(self, make: Callable[[int], Network], seed: int) -> Network:
+        network = self.laid_out(make(seed))
         network.compile_model(self.engine.compile)
         return network
 
@@ -165,6 +179,9 @@ class Bench:
         with torch.random.fork_rng():
             student = self.laid_out(self.make_student(self.seeds[0]))
             sample = self.sample()
+            if self.rival is not None:
+                rival = self.laid_out(self.rival.make(self.seeds[0]))
+                self.task.loss(self.task.run(rival, sample), sample)
             if not self.candidates:
                 self.task.loss(self.task.run(student, sample), sample)
                 return
@@ -229,14 +246,31 @@ class Bench:
                 )
 
     def plain(self, seed: int) -> Phases:
-        """Train the student of this seed on labels alone, for the comparison."""
+        """Train the plain student of this seed on labels alone, or its rival, for the comparison.
+
+        Where the transfer set has no labels it learns from the teacher's training split, in as
+        many steps.
+        """
         if not self.baseline:
             return
+        split, training = self.transfer, self.training
+        make, task = self.make_student, self.task
+        if self.rival is not None:
+            make, training, task = self.rival.make, self.rival.training, self.rival.task or task
         if not self.task.labelled(self.sample()):
-            self.voice.say("no plain student: the transfer set has no labels")
-            return
-        network = self.baselines[seed] = self._fresh(seed)
-        yield self.fit(self.label("baseline", seed), network, self.training, seed=seed)
+            split = self.train
+            steps = [
+                len(self.task.batches(s, batch_size=training.batch_size))
+                for s in (self.transfer, split)
+            ]
+            training = training.stretched(steps[0] / steps[1])
+            self.voice.say(
+                f"the plain student learns from the {len(split):,} samples that have labels, "
+                f"in {training.epochs:,} epochs"
+            )
+        network = self.baselines[seed] = self._fresh(make, seed)
+        name = self.label("baseline", seed)
+        yield self.fit(name, network, training, seed=seed, split=split, task=task)
 
     def fit(
         self,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from limbeck.errors import UserError
+from limbeck.training.finding import Finding
 from limbeck.training.network import Network
 from limbeck.training.parameters import checked
 from limbeck.training.phases import Fit, Phase, Update
@@ -77,6 +78,15 @@ class Method(nn.Module):
         """Phases that follow a student's distillation; none unless overridden."""
         yield from ()
 
+    def findings(self, bench: Bench, metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
+        """What the report shows of this method alone, when everything is trained and measured.
+
+        Args:
+            bench: with the finished networks (:meth:`Bench.delivered`) and the test split.
+            metrics: the run's metrics, one mapping a line.
+        """
+        return []
+
     def fit(
         self, bench: Bench, seed: int, terms: Callable[[Batch], Terms], **train: nn.Module
     ) -> Fit:
@@ -98,10 +108,20 @@ class Method(nn.Module):
 
 
 class Supervised(Method):
-    """No distillation: the student learns from labels alone."""
+    """No distillation: the student learns from labels alone, as does its rival if it has one."""
+
+    def rehearse(self, bench: Bench) -> None:
+        if bench.candidates:
+            raise UserError(
+                f"{type(self).__name__} trains networks on labels alone and takes no teacher; to "
+                "distil into its student, name a method: limbeck distill --method kd"
+            )
+        super().rehearse(bench)
 
     def phases(self, bench: Bench) -> Phases:
         for seed in bench.seeds:
+            if bench.rival is not None:
+                yield from bench.plain(seed)
             student = bench.student(seed)
             yield bench.fit(bench.label("student", seed), student, bench.training, seed=seed)
 
@@ -148,6 +168,9 @@ class Sum(Method):
     def finish(self, bench: Bench, seed: int, student: Network) -> Phases:
         for method in self.parts:
             yield from method.finish(bench, seed, student)
+
+    def findings(self, bench: Bench, metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
+        return [found for method in self.parts for found in method.findings(bench, metrics)]
 
     def build(self, student: Answer, teacher: Answer, batch: Batch) -> None:
         for method in self.parts:

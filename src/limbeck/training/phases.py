@@ -27,11 +27,16 @@ class Training(BaseModel):
     batch_size: int = Field(
         default=64, ge=1, le=10**6, description="samples a step, over all processes"
     )
-    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimiser: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
+        default="sgd", description="rmsprop as Inception-v3 used it: alpha 0.9, epsilon 1"
+    )
     lr: float = Field(default=0.05, gt=0, allow_inf_nan=False, description="peak learning rate")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd and rmsprop")
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
+    decay: Literal["all", "kernels"] = Field(
+        default="all", description="kernels: not biases, norms and depthwise filters"
+    )
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = Field(default=0.1, gt=0, le=1)
@@ -58,11 +63,30 @@ class Training(BaseModel):
             return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return 1.0
 
+    def stretched(self, factor: float) -> Training:
+        """The same training over so many times the epochs, at least one of them.
+
+        >>> Training(epochs=10, schedule="step", milestones=(5,)).stretched(2.0).milestones
+        (10,)
+        """
+        return self.model_copy(
+            update={
+                "epochs": max(1, round(self.epochs * factor)) if self.epochs else 0,
+                "milestones": tuple(round(m * factor) for m in self.milestones),
+                "warmup": self.warmup * factor,
+            }
+        )
+
     def build(
         self, parameters: Iterable[nn.Parameter], fused: bool = False
     ) -> torch.optim.Optimizer:
         """The optimiser over these parameters; ``fused`` makes its step one kernel."""
-        wanted = [p for p in parameters if p.requires_grad]
+        wanted: list[Any] = [p for p in parameters if p.requires_grad]
+        if self.decay == "kernels":
+            spared = [p for p in wanted if _spared(p)]
+            decayed = [p for p in wanted if not _spared(p)]
+            groups = ({"params": decayed}, {"params": spared, "weight_decay": 0.0})
+            wanted = [group for group in groups if group["params"]]
         if self.optimiser == "sgd":
             return torch.optim.SGD(
                 wanted,
@@ -72,8 +96,22 @@ class Training(BaseModel):
                 weight_decay=self.weight_decay,
                 fused=fused or None,
             )
+        if self.optimiser == "rmsprop":
+            return torch.optim.RMSprop(
+                wanted,
+                lr=self.lr,
+                alpha=0.9,
+                eps=1.0,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
         kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
         return kind(wanted, lr=self.lr, weight_decay=self.weight_decay, fused=fused or None)
+
+
+def _spared(parameter: nn.Parameter) -> bool:
+    """Whether it is a bias, a norm's scale or shift, or filters of one input channel each."""
+    return parameter.ndim < 2 or (parameter.ndim == 4 and parameter.shape[1] == 1)
 
 
 @dataclass(kw_only=True)

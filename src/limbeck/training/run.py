@@ -16,7 +16,8 @@ import yaml
 from limbeck.errors import UserError
 from limbeck.training.checkpoint import Checkpoints, read_state, write_atomically, write_state
 
-RECIPE, METRICS, RESULT = "recipe.yaml", "metrics.jsonl", "result.json"
+RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+RESULT, FINDINGS = "result.json", "findings.json"
 
 
 class Run:
@@ -24,7 +25,8 @@ class Run:
 
     Layout: ``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``log.txt``,
     ``phases/NN-name.state`` (what each finished phase left), ``checkpoints/`` (of the phase under
-    way), ``student.safetensors`` with ``student.json``, ``result.json``, ``report.html``.
+    way), ``student.safetensors`` with ``student.json``, ``result.json``, ``findings.json`` (what
+    only the method shows), ``report.html``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,6 +78,13 @@ class Run:
                 f"{self.path} is not finished; continue it with: limbeck resume {self.path}"
             )
         return self._mapping(RESULT, json.loads)
+
+    def findings(self) -> list[dict[str, Any]]:
+        """What the method alone has to show; empty where it has nothing."""
+        if not (self.path / FINDINGS).is_file():
+            return []
+        found: list[dict[str, Any]] = self._mapping(FINDINGS, json.loads)["findings"]
+        return found
 
     def _mapping(self, name: str, parse: Any) -> dict[str, Any]:
         try:

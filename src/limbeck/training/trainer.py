@@ -23,7 +23,7 @@ from limbeck.training.audit import audit, some_unused
 from limbeck.training.checkpoint import read_state, write_state
 from limbeck.training.engine import Engine
 from limbeck.training.method import Phases
-from limbeck.training.phases import Fit, Phase, Solve, Update
+from limbeck.training.phases import Fit, Phase, Solve, Training, Update
 from limbeck.training.profiling import Profile, stretch
 from limbeck.training.progress import Voice
 from limbeck.training.run import Run
@@ -106,18 +106,20 @@ class _Worker:
         self.graphs = engine.compile == "graphs"
         step = _Step(update).to(accelerator.device)
         fused = accelerator.device.type != "cpu" if engine.fused is None else engine.fused
-        groups = []
+        groups: list[tuple[Training, Any]] = []
         for name, module in update.train.items():
             settings = update.settings_for.get(name, update.settings)
             if any(p.requires_grad for p in module.parameters()):
                 groups.append((settings, settings.build(module.parameters(), fused)))
         if not groups:
             raise UserError(f"nothing to train in update {update.name!r}: no parameter is free")
+        # Counted before the groups of the others are added to the first one's.
+        settings_of = [s for s, o in groups for _ in o.param_groups]
         optimiser = groups[0][1]
         for _, other in groups[1:]:
             for group in other.param_groups:
                 optimiser.add_param_group(group)
-        self.settings = [s for s, o in groups for _ in o.param_groups[:1]]
+        self.settings = settings_of
         self.parameters = [p for g in optimiser.param_groups for p in g["params"]]
         self.module = accelerator.prepare(step)
         self.optimiser = accelerator.prepare(optimiser)

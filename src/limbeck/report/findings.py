@@ -1,0 +1,93 @@
+"""The parts of the report that only one method has, drawn from what it left in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from limbeck.report.figures import (
+    COLOURS,
+    OTHER,
+    Figure,
+    Gallery,
+    Panel,
+    Picture,
+    Section,
+    grid,
+    panel,
+    plain,
+)
+from limbeck.report.table import names
+from limbeck.training.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Lines of one colour differ by these.
+_DASHES = ("-", "--", ":", "-.")
+
+
+def sections(run: Run) -> list[Section]:
+    """A section for each finding: its table, its charts, its pictures."""
+    called = names(run.result())
+    return [_section(number, found, called) for number, found in enumerate(run.findings())]
+
+
+def _section(number: int, found: Mapping[str, Any], called: Mapping[str, str]) -> Section:
+    panels = [
+        _chart(f"finding{number}-{place}", chart, called)
+        for place, chart in enumerate(found["charts"])
+    ]
+    pictures = [
+        Picture(source=source, alt=said, lines=[("", said)], small=True)
+        for said, source in found["pictures"].items()
+    ]
+    title, caption = found["title"], found["caption"]
+    return Section(
+        anchor=f"finding{number}",
+        title=title,
+        table=found["table"],
+        note=caption if found["table"] else "",
+        figures=[Figure(panels, caption)] if panels else [],
+        galleries=[Gallery("", pictures, caption)] if pictures else [],
+    )
+
+
+def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> Panel:
+    def draw(axes: Axes) -> None:
+        drawn: dict[str, int] = {}
+        for name, points in chart["lines"].items():
+            colour = COLOURS.get(name.partition(" ")[0], OTHER)
+            dashes = _DASHES[drawn.get(colour, 0) % len(_DASHES)]
+            drawn[colour] = drawn.get(colour, 0) + 1
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            mark = "o" if len(points) == 1 else None
+            axes.plot(
+                xs, ys, color=colour, linestyle=dashes, marker=mark, label=_said(name, called)
+            )
+        axes.set_title(plain(chart["title"], 40))
+        axes.set_xlabel(plain(chart["x"]))
+        axes.set_ylabel(plain(chart["y"]))
+        axes.margins(x=0.02)
+        grid(axes)
+        if len(chart["lines"]) > 1:
+            axes.figure.legend(loc="outside upper left", ncols=2, handlelength=2.6)
+
+    ends = ", ".join(
+        f"{_said(name, called)} from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+        for name, points in chart["lines"].items()
+        if points
+    )
+    return panel(
+        anchor, f"{chart['title']}, {chart['y']} over {chart['x']}: {ends}", draw, (4, 2.9)
+    )
+
+
+def _said(name: str, called: Mapping[str, str]) -> str:
+    """A line's name, its role by what the role is called.
+
+    >>> _said("student 15 %", {"student": "with batch norm"})
+    'with batch norm 15 %'
+    """
+    role, space, rest = name.partition(" ")
+    return plain(f"{called.get(role, role)}{space}{rest}", 32)
