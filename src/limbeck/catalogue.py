@@ -43,6 +43,7 @@ class System:
     """A paper's system: its idea, its presets, what was measured, and where its code lies.
 
     ``method`` names the class of its method; a paper that is a network alone has none.
+    ``further`` names the classes of its other methods, ``SLUG:NAME`` in a recipe.
     ``networks`` says what networks it brings, name by name; the names begin with the slug.
     """
 
@@ -53,23 +54,35 @@ class System:
     equations: str
     presets: Mapping[str, Mapping[str, Any]] = field(repr=False)
     method: str = ""
+    further: Mapping[str, str] = field(default_factory=dict)
     networks: Mapping[str, str] = field(default_factory=dict, repr=False)
     results: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     notes: str = ""
 
-    def method_class(self) -> type[Method]:
-        """The class that the system's YAML names, from the file beside it.
+    def method_class(self, name: str = "") -> type[Method]:
+        """The class that the system's YAML names, or the further one of this name.
+
+        It lies in the file beside the YAML, or in the folder of the same name.
 
         Raises:
-            UserError: the paper is a network and brings no method.
+            UserError: the paper is a network and brings no method, or it has no such further one.
         """
+        if name and name not in self.further:
+            known = [f"{self.slug}:{other}" for other in self.further] or [self.slug]
+            wanted = f"{self.slug}:{name}"
+            raise UserError(f"there is no method {wanted!r}; {did_you_mean(wanted, known)}")
         if not self.method:
             raise UserError(
                 f"{self.slug} is a network and no method; name it as a student or a teacher, as in "
                 f"--student {next(iter(self.networks))}"
             )
-        found: type[Method] = getattr(self._module(), self.method)
+        found: type[Method] = getattr(self._module(), self.further[name] if name else self.method)
         return found
+
+    def methods(self) -> dict[str, str]:
+        """The classes of the paper's methods by the names that recipes give them."""
+        main = {self.slug: self.method} if self.method else {}
+        return main | {f"{self.slug}:{name}": kind for name, kind in self.further.items()}
 
     def network(self, name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
         """One of the paper's networks, made by the function ``network`` of the file beside it."""
@@ -117,6 +130,12 @@ def system(slug: str) -> System:
     if slug not in known:
         raise UserError(f"there is no system {slug!r}; {did_you_mean(slug, known)}")
     return known[slug]
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of this name: a system's slug, or ``SLUG:NAME`` for a paper's further ones."""
+    slug, _, further = name.partition(":")
+    return system(slug).method_class(further)
 
 
 def _read(path: Path) -> System:

@@ -96,6 +96,7 @@ def show(slug: str) -> None:
 
 
 def _card(system: System) -> str:
+    from limbeck.catalogue import method_class
     from limbeck.training.parameters import schema
 
     paper = system.paper
@@ -108,9 +109,10 @@ def _card(system: System) -> str:
         "Equations",
         *("  " + line for line in system.equations.strip().splitlines()),
     ]
-    if system.method:
-        lines += ["", f"Parameters of {system.method} (--set method.NAME=VALUE)"]
-        for name, field in schema(system.method_class()).model_fields.items():
+    for method in system.methods():
+        where = "method" if method == system.slug else f"methods.{method}"
+        lines += ["", f"Parameters of {method} (--set {where}.NAME=VALUE)"]
+        for name, field in schema(method_class(method)).model_fields.items():
             lines.append(f"  {name} = {field.default!r}{_range(field.metadata)}")
     if system.networks:
         lines += ["", "Networks (--student NAME, --teacher NAME)"]

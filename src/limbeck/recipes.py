@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from limbeck.catalogue import System, system
+from limbeck.catalogue import System, method_class
 from limbeck.data.augment import Augment
 from limbeck.errors import UserError, did_you_mean
 from limbeck.training.engine import Engine
@@ -94,7 +94,7 @@ class Recipe(_Part):
         """The method, or the sum of methods, that the recipe names."""
         if not self.methods:
             return Supervised()
-        parts = [system(slug).method_class()(**given) for slug, given in self.methods.items()]
+        parts = [method_class(name)(**given) for name, given in self.methods.items()]
         return parts[0] if len(parts) == 1 else _sum(parts)
 
 
@@ -244,8 +244,8 @@ def for_own_models(
     methods: Sequence[str], data: str, student: str, training: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A recipe for models of the user's own: AdamW with a warm-up, which suits most of them."""
-    for slug in methods:
-        system(slug)
+    for name in methods:
+        method_class(name)
     settings = {"optimiser": "adamw", "weight_decay": 0.05, "warmup": 1.0, **training}
     return {
         "system": methods[0] if methods else "train",
