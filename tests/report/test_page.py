@@ -21,6 +21,7 @@ from limbeck.errors import UserError
 from limbeck.report import page
 from limbeck.report.classification import confusion, most_changed, reliability
 from limbeck.report.figures import panel, spread
+from limbeck.training.finding import Chart, Finding
 from limbeck.training.run import Run
 
 EVIL = '<script>alert("1")</script>'
@@ -403,3 +404,34 @@ def test_the_picture_on_the_screen_has_the_colours_of_the_page(finished, tmp_pat
     student = [0x6D, 0xB5, 0xF7] if dark else [0x0A, 0x66, 0xB0]
     # The student's curves, bars and points: a blank or colourless drawing has none of it.
     assert (pixels == student).all(1).sum() > 2000
+
+
+def test_what_only_a_method_found_is_shown_with_its_table_charts_and_pictures(make_run, tmp_path):
+    run = make_run(tmp_path / "run", seeds=3)
+    found = Finding(
+        title="Percentiles",
+        caption="Of one unit's <input>.",
+        table=[["", "steps"], ["with", "40"]],
+        charts=[Chart("Median", "step", "input", {"student 50 %": [(0, 0.5), (9, 0.7)]})],
+        pictures={"unit 7": torch.arange(64).view(8, 8).byte()},
+    )
+    change(run, names={"student": "with batch norm", "baseline": "without"})
+    run.write_json("findings.json", {"findings": [found.as_json()]})
+    shown = read(run)
+    assert "finding0" in shown.sections
+    assert "Percentiles" in shown.text["h2"]
+    assert "40" in shown.text["td"]
+    assert any(
+        "with batch norm 50 % from 0.5 to 0.7" in (d.get("aria-label") or "")
+        for d in shown.all("div")
+    )
+    assert any(i["alt"] == "unit 7" for i in shown.all("img"))
+    assert "<input>" not in page.write(run).read_text(encoding="utf-8")
+
+
+def test_two_networks_that_are_compared_go_by_their_names(make_run, tmp_path):
+    run = make_run(tmp_path / "run", seeds=3, roles=("baseline", "student"))
+    change(run, names={"student": "densenet", "baseline": "stack"})
+    shown = read(run)
+    assert all(name in shown.text["table"] for name in ("densenet", "stack"))
+    assert "distilled" not in shown.text["figcaption"] + shown.text["table"]

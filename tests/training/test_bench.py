@@ -8,9 +8,10 @@ from limbeck.data.data import ResidentImages, Split
 from limbeck.errors import UserError
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks.classification import Classification
-from limbeck.training.bench import Bench, Candidate
+from limbeck.training.bench import Bench, Candidate, Rival
 from limbeck.training.cache import Cache
 from limbeck.training.engine import Engine
+from limbeck.training.method import Supervised
 from limbeck.training.network import Network
 from limbeck.training.phases import Training
 
@@ -103,3 +104,31 @@ def test_samples_of_somebodys_own_loader_have_no_name_to_be_remembered_by(tmp_pa
     mine = bench(train=loader, transfer=loader, cache=Cache(tmp_path))
     with pytest.raises(UserError, match="instead of your own loaders"):
         mine.rehearse(KD())
+
+
+def test_without_labels_the_plain_student_learns_from_the_teachers_samples_in_as_many_steps():
+    unlabelled = Split("train", split(40).images, None)
+    phases = bench(transfer=unlabelled, training=Training(epochs=2, batch_size=4)).plain(0)
+    fit = next(phases)
+    assert fit.batches.split.labels is not None
+    assert fit.epochs * len(fit.batches) == 2 * 10
+
+
+def test_without_any_labels_there_is_no_plain_student():
+    unlabelled = Split("train", split().images, None)
+    assert list(bench(train=unlabelled, transfer=unlabelled).plain(0)) == []
+
+
+def test_a_rival_takes_the_place_of_the_plain_student():
+    rival = Rival(lambda seed: Network(Head("view")), Training(epochs=3, batch_size=5))
+    laid = bench(rival=rival, candidates=[])
+    baseline, student = Supervised().phases(laid)
+    assert (baseline.name, baseline.epochs, len(baseline.batches)) == ("baseline", 3, 4)
+    assert (student.name, student.epochs) == ("student", 1)
+    assert laid.baselines[0].model.look == "view"
+    assert laid.students[0].model.look == "flatten"
+
+
+def test_networks_that_learn_from_labels_alone_take_no_teacher():
+    with pytest.raises(UserError, match="takes no teacher"):
+        Supervised().rehearse(bench())

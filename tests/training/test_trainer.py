@@ -388,3 +388,42 @@ def test_a_phase_has_a_profile_once_its_recorded_steps_are_done(tmp_path, last):
         profile = json.loads(file.read_text())
         assert profile["steps"] == 20
         assert profile["parts"]["other"]["ms"] > 0
+
+
+def test_kernels_alone_decay_where_that_is_asked_for():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Linear(8, 2)
+    )
+    optimiser = Training(decay="kernels", weight_decay=0.1).build(model.parameters())
+    decayed = {id(p) for g in optimiser.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(model[0].weight), id(model[3].weight)}
+    everything = Training(weight_decay=0.1).build(model.parameters())
+    assert len(everything.param_groups) == 1
+
+
+def test_parts_with_other_settings_keep_them_beside_parameters_that_do_not_decay(tmp_path):
+    one, other = nn.Linear(16, 2), nn.Linear(16, 2)
+    slow = Training(lr=0.01, decay="kernels", schedule="constant", momentum=0.0)
+    update = Update(
+        train={"one": one, "other": other},
+        terms=lambda batch: {
+            "all": sum(part(batch["image"].flatten(1)).mean(0).sum() for part in (one, other))
+        },
+        settings=slow,
+        settings_for={"other": slow.model_copy(update={"lr": 0.5})},
+    )
+    before = [part.bias.detach().clone() for part in (one, other)]
+    run = Run.create(tmp_path / "run", {"test": True})
+    fit = Fit(name="fit", updates=[update], batches=batches(size=40), epochs=1)
+    Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit))
+    moved = [old - part.bias.detach() for part, old in zip((one, other), before, strict=True)]
+    assert torch.allclose(moved[0], torch.full((2,), 0.01), rtol=1e-4)
+    assert torch.allclose(moved[1], torch.full((2,), 0.5), rtol=1e-4)
+
+
+def test_rmsprop_takes_the_step_of_its_formula():
+    weight = nn.Parameter(torch.tensor([2.0]))
+    optimiser = Training(optimiser="rmsprop", lr=0.1, momentum=0, weight_decay=0).build([weight])
+    weight.grad = torch.tensor([3.0])
+    optimiser.step()
+    assert weight.item() == pytest.approx(2 - 0.1 * 3 / ((0.1 * 9) ** 0.5 + 1))

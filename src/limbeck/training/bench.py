@@ -153,9 +153,10 @@ class Bench:
         same = torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
         return torch.channels_last if same else torch.contiguous_format
 
-    def sample(self) -> Batch:
-        """A few samples for probing shapes, on the device."""
-        loader = self.task.batches(self.transfer, batch_size=min(8, len(self.transfer)))
+    def sample(self, split: Any = None) -> Batch:
+        """A few samples for probing shapes, on the device; of the transfer set unless told."""
+        split = self.transfer if split is None else split
+        loader = self.task.batches(split, batch_size=min(8, len(split)))
         batch = next(iter(loader.epoch(0)))
         return {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
 
@@ -178,12 +179,12 @@ class Bench:
         """
         with torch.random.fork_rng():
             student = self.laid_out(self.make_student(self.seeds[0]))
-            sample = self.sample()
+            sample, labelled = self.sample(), self.sample(self._labelled)
             if self.rival is not None:
                 rival = self.laid_out(self.rival.make(self.seeds[0]))
-                self.task.loss(self.task.run(rival, sample), sample)
+                self.task.loss(self.task.run(rival, labelled), labelled)
             if not self.candidates:
-                self.task.loss(self.task.run(student, sample), sample)
+                self.task.loss(self.task.run(student, labelled), labelled)
                 return
             networks = [
                 copy.deepcopy(c.network) if c.training is not None else c.network
@@ -246,31 +247,44 @@ class Bench:
                 )
 
     def plain(self, seed: int) -> Phases:
-        """Train the plain student of this seed on labels alone, or its rival, for the comparison.
-
-        Where the transfer set has no labels it learns from the teacher's training split, in as
-        many steps.
-        """
+        """Train the plain student of this seed, or its rival, on labels for the comparison."""
         if not self.baseline:
             return
-        split, training = self.transfer, self.training
-        make, task = self.make_student, self.task
-        if self.rival is not None:
-            make, training, task = self.rival.make, self.rival.training, self.rival.task or task
-        if not self.task.labelled(self.sample()):
-            split = self.train
-            steps = [
-                len(self.task.batches(s, batch_size=training.batch_size))
-                for s in (self.transfer, split)
-            ]
+        if not self.task.labelled(self.sample(self._labelled)):
+            self.voice.say("no plain student: there are no labels to learn from")
+            return
+        rival = self.rival or Rival(self.make_student, self.training)
+        network = self.baselines[seed] = self._fresh(rival.make, seed)
+        yield self.on_labels("baseline", network, rival.training, seed, rival.task)
+
+    def on_labels(
+        self,
+        role: str,
+        network: Network,
+        training: Training,
+        seed: int,
+        task: Task | None = None,
+    ) -> Fit:
+        """Supervised training of one network on the students' samples.
+
+        Where these have no labels it learns from the teacher's, in as many steps.
+        """
+        split = self._labelled
+        if split is not self.transfer:
+            size = training.batch_size
+            steps = [len(self.batches(size, seed)), len(self.task.batches(split, batch_size=size))]
             training = training.stretched(steps[0] / steps[1])
             self.voice.say(
-                f"the plain student learns from the {len(split):,} samples that have labels, "
-                f"in {training.epochs:,} epochs"
+                f"{role}: learns from the {len(split):,} samples that have labels, in "
+                f"{training.epochs:,} epochs"
             )
-        network = self.baselines[seed] = self._fresh(make, seed)
-        name = self.label("baseline", seed)
-        yield self.fit(name, network, training, seed=seed, split=split, task=task)
+        name = self.label(role, seed)
+        return self.fit(name, network, training, seed=seed, split=split, task=task)
+
+    @property
+    def _labelled(self) -> Any:
+        """The transfer set, or the teacher's training split where that alone has labels."""
+        return self.transfer if self.task.labelled(self.sample()) else self.train
 
     def fit(
         self,

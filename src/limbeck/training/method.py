@@ -122,8 +122,7 @@ class Supervised(Method):
         for seed in bench.seeds:
             if bench.rival is not None:
                 yield from bench.plain(seed)
-            student = bench.student(seed)
-            yield bench.fit(bench.label("student", seed), student, bench.training, seed=seed)
+            yield bench.on_labels("student", bench.student(seed), bench.training, seed)
 
 
 class Sum(Method):
