@@ -187,6 +187,52 @@ def run(
     )
 
 
+@app.command(
+    epilog="Examples: limbeck compare kd nst --data cifar100:PATH --seeds 3; "
+    "limbeck compare kd nst kd+nst --teacher run:runs/teacher --tune 20"
+)
+def compare(
+    systems: Annotated[list[str], typer.Argument(help="methods; kd+nst adds two up")],
+    preset: Preset = "small",
+    data: DataOption = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="one or several; see limbeck run --help")
+    ] = None,
+    student: Model = None,
+    assign: Set = None,
+    seed: Seed = None,
+    seeds: Annotated[int, typer.Option(help="how many paired comparisons", min=1)] = 3,
+    jobs: Annotated[int, typer.Option(help="processes at once, where memory allows", min=1)] = 1,
+    tune: Annotated[
+        int, typer.Option(help="trials a system on validation data, by Optuna", min=0)
+    ] = 0,
+    cache_teacher: CacheTeacher = False,
+    out: Out = None,
+) -> None:
+    """Compare systems: one teacher, the same seeds, a leaderboard. Resume with limbeck resume."""
+    from limbeck import comparison, recipes
+    from limbeck.catalogue import system as find
+    from limbeck.data import kind_of
+    from limbeck.distillation import fresh_name
+
+    first = find(systems[0].split("+")[0].partition(":")[0])
+    source = data or recipes.preset_source(first, preset)
+    values = _given({}, data=source, student=student, seed=seed, seeds=seeds)
+    laid = comparison.plan(
+        systems,
+        preset,
+        kind_of(source),
+        values,
+        teachers=teacher or (),
+        assign=assign or (),
+        cache=cache_teacher,
+        trials=tune,
+        jobs=jobs,
+    )
+    facts = {"system": "compare", "data": source}
+    comparison.begin(laid, out or fresh_name(facts))
+
+
 def _start(
     values: dict[str, Any],
     *,
@@ -203,6 +249,27 @@ def _start(
     from limbeck import recipes
     from limbeck.distillation import start
 
+    values = _given(values, data=data, student=student, seed=seed, seeds=seeds, profile=profile)
+    if teacher is not None:
+        values = recipes.with_teachers(values, [teacher])
+    values = recipes.assigned(values, assign or ())
+    if cache_teacher:
+        values = recipes.with_cache(values)
+    start(recipes.validate(values), out)
+
+
+def _given(
+    values: dict[str, Any],
+    *,
+    data: str | None = None,
+    student: str | None = None,
+    seed: int | None = None,
+    seeds: int | None = None,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Recipe values with what the command line's own options say."""
+    from limbeck import recipes
+
     given: dict[str, Any] = {}
     if data is not None:
         given["data"] = {"source": data}
@@ -214,13 +281,7 @@ def _start(
         given["seeds"] = seeds
     if profile:
         given["engine"] = {"profile": True}
-    values = recipes.merged(values, given)
-    if teacher is not None:
-        values = recipes.with_teachers(values, [teacher])
-    values = recipes.assigned(values, assign or ())
-    if cache_teacher:
-        values = recipes.with_cache(values)
-    start(recipes.validate(values), out)
+    return recipes.merged(values, given)
 
 
 @app.command(
@@ -290,10 +351,14 @@ def train(
 
 @app.command(epilog="Example: limbeck resume runs/kd-digits-20260101-120000")
 def resume(folder: Path) -> None:
-    """Continue a run where it was stopped."""
+    """Continue a run or a comparison where it was stopped."""
+    from limbeck import comparison
     from limbeck.distillation import resume as go_on
 
-    go_on(folder)
+    if comparison.is_comparison(folder):
+        comparison.go_on(folder)
+    else:
+        go_on(folder)
 
 
 @app.command(epilog="Example: limbeck evaluate run:runs/photos --data folder:photos --split test")

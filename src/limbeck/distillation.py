@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import count
@@ -26,8 +26,8 @@ from limbeck.systems.classification.kd import KD
 from limbeck.tasks.classification import Classification
 from limbeck.training.bench import Bench, Candidate, Rival
 from limbeck.training.cache import Cache
-from limbeck.training.engine import Engine
-from limbeck.training.method import Method
+from limbeck.training.engine import Engine, peak_memory
+from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Training
 from limbeck.training.progress import Voice
@@ -81,6 +81,32 @@ def resume(path: Path, voice: Voice | None = None) -> Run:
         )
     recipe = validate(content)
     return _carry_out(_from_recipe(recipe, voice or _voice(recipe.engine)), run)
+
+
+def rehearse(recipe: Recipe, teachers: Sequence[str]) -> None:
+    """Find out whether a recipe's parts fit together, with these models in its teachers' places.
+
+    Raises:
+        UserError: they do not.
+    """
+    parts = tuple(ModelPart(model=name) for name in teachers)
+    job = _from_recipe(recipe.model_copy(update={"teachers": parts}), Voice(quiet=True))
+    job.method.rehearse(job.bench)
+
+
+def trial_of(recipe: Recipe, path: Path, heard: Callable[[Phases], Phases]) -> None:
+    """Train the student of a recipe without a plain one, measured on validation data alone.
+
+    Args:
+        recipe: with one seed.
+        path: a folder for the time being.
+        heard: what the phases pass through on their way to the trainer.
+    """
+    voice = Voice(quiet=True)
+    job = _from_recipe(recipe.model_copy(update={"baseline": False}), voice)
+    run = Run.create(path, {"system": recipe.system})
+    _remember(job, path.parent)
+    Trainer(run, job.engine, voice).work(heard(job.method.phases(job.bench)))
 
 
 @dataclass(frozen=True)
@@ -221,7 +247,7 @@ def _stored(model: str) -> Path:
     return path / "student" if path.is_dir() else path
 
 
-def _ready(model: str) -> bool:
+def ready(model: str) -> bool:
     """Whether a teacher brings weights for this task; a library's own are only a start."""
     return weights_given(model) and not model.endswith("@pretrained")
 
@@ -276,7 +302,7 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     candidates = []
     for number, teacher in enumerate(recipe.teachers):
         network = build(teacher.model, data.classes, own, seed=recipe.seed + number)
-        training = None if _ready(teacher.model) else teacher.training
+        training = None if ready(teacher.model) else teacher.training
         own_task = None if teacher.augment is None else task(teacher.augment)
         candidates.append(Candidate(network, training, own_task))
     make_student(recipe.seed)  # a model that cannot be built is found before the run folder is made
@@ -371,7 +397,7 @@ def _voice(engine: Engine, quiet: bool = False) -> Voice:
 
 
 def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
-    state, names = PartialState(), [str(out or _fresh_name(job.facts))]
+    state, names = PartialState(), [str(out or fresh_name(job.facts))]
     broadcast_object_list(names)
     path = Path(names[0])
     if state.is_main_process:
@@ -384,7 +410,7 @@ def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
     return _carry_out(job, Run.open(path))
 
 
-def _fresh_name(facts: Mapping[str, Any]) -> Path:
+def fresh_name(facts: Mapping[str, Any]) -> Path:
     """``runs/SYSTEM-DATA-TIME``, with a number behind it if that exists."""
     data = "".join(c if c.isalnum() else "-" for c in Path(str(facts["data"])).name)
     stem = f"{facts['system']}-{data}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -449,6 +475,7 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
         "seeds": rows,
         "verdict": _verdict(rows, task.higher_is_better, called),
         "seconds": {**seconds, "total": sum(seconds.values())},
+        "memory": peak_memory(),
         "limbeck": __version__,
     }
     if "teacher" in networks:

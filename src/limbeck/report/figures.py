@@ -7,7 +7,7 @@ import re
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -247,3 +247,75 @@ def spread(values: list[float], gap: float) -> list[float]:
         for number, index in enumerate(block):
             found[index] = low(block) + gap * number
     return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a :func:`scatter`, with its colour and marker."""
+
+    x: float
+    y: float
+    colour: str
+    marker: str
+
+
+def scatter(points: Mapping[str, Point], heading: str, metric: str) -> Callable[[Axes], None]:
+    """What draws named points, ``metric`` over ``heading``; see :func:`panel`."""
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        for p in points.values():
+            axes.plot(p.x, p.y, p.marker, color=p.colour, markersize=8, alpha=0.9)
+        axes.margins(0.22)
+        widths = [p.x for p in points.values()]
+        if min(widths) > 0 and max(widths) > 10 * min(widths):
+            logarithmic(axes, "x")
+        else:
+            if min(widths) >= 0:
+                axes.set_xlim(0, 1.15 * max(widths) or 1)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(heading)
+        axes.set_ylabel(plain(metric))
+        grid(axes)
+        _label_points(axes, points)
+
+    return draw
+
+
+def _label_points(axes: Axes, points: Mapping[str, Point]) -> None:
+    """Names beside the points, towards the middle, moved apart where they would overlap."""
+    axes.autoscale_view()  # what is not drawn yet has no places yet
+    inside = axes.transData + axes.transAxes.inverted()
+    places = {name: inside.transform((p.x, p.y)) for name, p in points.items()}
+    for left in (True, False):
+        side = [name for name in places if (places[name][0] < 0.5) == left]
+        heights = spread([float(places[name][1]) for name in side], 0.1)
+        for name, height in zip(side, heights, strict=True):
+            axes.annotate(
+                plain(name),
+                (float(places[name][0]) + (0.04 if left else -0.04), height),
+                xycoords="axes fraction",
+                ha="left" if left else "right",
+                va="center",
+                color=points[name].colour,
+                fontweight="bold",
+            )
+
+
+def frontier(
+    points: Sequence[tuple[float, float]], higher_is_better: bool = True
+) -> list[tuple[float, float]]:
+    """The points that no other beats in both, by rising cost x.
+
+    >>> frontier([(1, 0.5), (2, 0.4), (3, 0.7)])
+    [(1, 0.5), (3, 0.7)]
+    """
+    sign = 1 if higher_is_better else -1
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -sign * p[1])):
+        if not best or sign * y > sign * best[-1][1]:
+            best.append((x, y))
+    return best

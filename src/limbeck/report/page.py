@@ -17,13 +17,13 @@ from limbeck.report.figures import (
     OTHER,
     Figure,
     Panel,
+    Point,
     Section,
     grid,
     logarithmic,
     panel,
     plain,
-    short,
-    spread,
+    scatter,
 )
 from limbeck.report.table import ROLES, names, rows
 from limbeck.report.verdict import mean_interval
@@ -49,15 +49,19 @@ def write(run: Run) -> Path:
     Raises:
         UserError: the run is not finished, or its folder cannot be read or written.
     """
+    path = run.path / REPORT
+    write_atomically(path, render(_content(run)).encode("utf-8", "replace"))
+    return path
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """A page from what it says, by the names that its template has."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    page = templates.get_template("page.html").render(_content(run))
-    path = run.path / REPORT
-    write_atomically(path, page.encode("utf-8", "replace"))
-    return path
+    return templates.get_template("page.html").render(content)
 
 
 def _content(run: Run) -> dict[str, Any]:
@@ -300,61 +304,14 @@ def _cost(result: Mapping[str, Any]) -> list[Section]:
             continue
         said = ", ".join(f"{called[r]} {y:.4g} at {x:,.4g}" for r, (x, y) in points.items())
         label = f"{metric} against {heading}: {said}"
-        panels.append(panel(f"cost{number}", label, _scatter(points, called, heading, metric)))
+        drawn = {called[r]: Point(*xy, COLOURS[r], MARKERS[r]) for r, xy in points.items()}
+        panels.append(panel(f"cost{number}", label, scatter(drawn, heading, metric)))
     if not panels:
         return []
     ideal = "upper" if result["metric"].get("higher_is_better", True) else "lower"
     caption = f"Each point is a network; the {ideal} left corner, good at little cost, is best."
     title = f"{metric.capitalize()} against size and latency"
     return [Section("cost", title, [Figure(panels, caption)])]
-
-
-def _scatter(
-    points: Mapping[str, tuple[float, float]], called: Mapping[str, str], heading: str, metric: str
-) -> Callable[[Axes], None]:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    def draw(axes: Axes) -> None:
-        for role, point in points.items():
-            axes.plot(*point, MARKERS[role], color=COLOURS[role], markersize=8, alpha=0.9)
-        axes.margins(0.22)
-        widths = [x for x, _ in points.values()]
-        if min(widths) > 0 and max(widths) > 10 * min(widths):
-            logarithmic(axes, "x")
-        else:
-            if min(widths) >= 0:
-                axes.set_xlim(0, 1.15 * max(widths) or 1)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(heading)
-        axes.set_ylabel(plain(metric))
-        grid(axes)
-        _label_points(axes, points, called)
-
-    return draw
-
-
-def _label_points(
-    axes: Axes, points: Mapping[str, tuple[float, float]], called: Mapping[str, str]
-) -> None:
-    """Names beside the points, towards the middle, moved apart where they would overlap."""
-    axes.autoscale_view()  # what is not drawn yet has no places yet
-    inside = axes.transData + axes.transAxes.inverted()
-    places = {role: inside.transform(point) for role, point in points.items()}
-    for left in (True, False):
-        side = [role for role in places if (places[role][0] < 0.5) == left]
-        heights = spread([float(places[role][1]) for role in side], 0.1)
-        for role, height in zip(side, heights, strict=True):
-            axes.annotate(
-                plain(called[role]),
-                (float(places[role][0]) + (0.04 if left else -0.04), height),
-                xycoords="axes fraction",
-                ha="left" if left else "right",
-                va="center",
-                color=COLOURS[role],
-                fontweight="bold",
-            )
 
 
 def _agreement(result: Mapping[str, Any]) -> list[Section]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -46,8 +46,16 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _metric(result: Mapping[str, Any], role: str) -> str:
     values = [s[role] for s in result.get("seeds") or () if s.get(role) is not None]
-    mean, half = mean_interval(values or [result[role]])
-    form = _percent if result["metric"]["name"] == "accuracy" else "{:.4f}".format
+    return measured(result["metric"]["name"], *mean_interval(values or [result[role]]))
+
+
+def measured(metric: str, mean: float, half: float | None = None) -> str:
+    """A metric as people read it, with half its interval if there is one.
+
+    >>> measured("accuracy", 0.5, 0.01), measured("cross_entropy", 0.5)
+    ('50.00 % ± 1.00 %', '0.5000')
+    """
+    form = _percent if metric == "accuracy" else "{:.4f}".format
     return form(mean) + (f" ± {form(half)}" if half is not None else "")
 
 
@@ -77,13 +85,17 @@ def _rounded(number: float) -> str:
 
 def as_rich(result: Mapping[str, Any]) -> Table:
     """The table for a terminal."""
-    headings, lines = rows(result)
-    table = Table(box=None, pad_edge=False)
+    return table(*rows(result))
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Rows of strings for a terminal."""
+    drawn = Table(box=None, pad_edge=False)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        drawn.add_column(heading, justify="right" if number else "left")
     for line in lines:
-        table.add_row(*line)
-    return table
+        drawn.add_row(*line)
+    return drawn
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from limbeck.training.phases import Update
 from limbeck.training.progress import Voice
 from limbeck.training.task import Batch
 
-_OPTIMISER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2}
+_OPTIMISER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2, "rmsprop": 2}
 
 
 @dataclass(frozen=True)

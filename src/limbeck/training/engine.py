@@ -19,6 +19,21 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def peak_memory() -> int | None:
+    """The most bytes this process ever held: of the accelerator if it has one, else resident.
+
+    ``None`` where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kilobytes = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    return next((1024 * int(k) for k in kilobytes), None)
+
+
 class Engine(BaseModel):
     """How the engine works; but for a cache that keeps less, it changes what is learnt by rounding.
 
