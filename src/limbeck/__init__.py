@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from limbeck.distillation import distill
+    from limbeck.distillation import Distiller, distill
     from limbeck.errors import UserError
     from limbeck.export import Student
     from limbeck.systems.classification.kd import KD
-    from limbeck.training.distiller import Distiller
     from limbeck.training.method import Method
     from limbeck.training.network import Network
     from limbeck.training.taps import Taps
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "distill": "limbeck.distillation",
-    "Distiller": "limbeck.training.distiller",
+    "Distiller": "limbeck.distillation",
     "KD": "limbeck.systems.classification.kd",
     "Method": "limbeck.training.method",
     "Network": "limbeck.training.network",

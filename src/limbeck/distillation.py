@@ -24,6 +24,7 @@ from limbeck.models import Input, build, load, profile, save, weights_given
 from limbeck.recipes import ModelPart, Recipe, Transfer, validate
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks.classification import Classification
+from limbeck.training import distiller
 from limbeck.training.bench import Bench, Candidate, Rival
 from limbeck.training.cache import Cache
 from limbeck.training.engine import Engine, peak_memory
@@ -32,7 +33,7 @@ from limbeck.training.network import Network
 from limbeck.training.phases import Training
 from limbeck.training.progress import Voice
 from limbeck.training.run import FINDINGS, RESULT, Run
-from limbeck.training.task import model_output
+from limbeck.training.task import Batch, Task, model_output
 from limbeck.training.teacher import Teacher
 from limbeck.training.trainer import Trainer
 
@@ -203,6 +204,44 @@ def distill(
         run = _begin(job, Path(out) if out else None, {"system": facts["system"], "seed": seed})
     fresh.load_state_dict(bench.students[seed].state_dict())
     return Distilled(fresh.model, run, run.result())
+
+
+class Distiller(distiller.Distiller):
+    """Student, teacher and method as one module for your own training loop.
+
+    A batch goes in, named loss terms come out, weights included: sum them, go backward, step an
+    optimiser over ``parameters()``, which are the student's and the method's. The teacher is
+    frozen and in neither the parameters nor the state dict.
+
+    Args:
+        student, teacher: modules that give logits (or mappings or objects with ``logits``);
+            several teachers are averaged.
+        method: methods add up with ``+``.
+        task: what a batch means; classification with ``image`` and ``label`` if not given.
+        sample: one batch to learn shapes from; needed where a method trains adapters.
+
+    Raises:
+        UserError: see :class:`limbeck.training.distiller.Distiller`.
+
+    Example:
+        >>> import limbeck
+        >>> step = limbeck.Distiller(nn.Linear(4, 3), nn.Linear(4, 3), limbeck.KD())
+        >>> batch = {"image": torch.ones(2, 4), "label": torch.tensor([0, 2])}
+        >>> terms = step(batch)
+        >>> sorted(terms)
+        ['kd', 'labels']
+        >>> sum(terms.values()).backward()
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
+        method: Method,
+        task: Task | None = None,
+        sample: Batch | None = None,
+    ) -> None:
+        super().__init__(student, teacher, method, task or Classification(()), sample)
 
 
 def measure(model: str, data: str, split: str = "test") -> dict[str, float]:
