@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ class Method(nn.Module):
 
     A plain method overrides :meth:`terms`, and where it needs them ``student_taps`` and
     ``teacher_taps`` (paths) and :meth:`build` (adapters, shaped by one batch). A method with
-    phases of its own overrides :meth:`distil`, one that is not offline :meth:`phases`.
+    phases of its own overrides :meth:`prepare`, :meth:`finish` or :meth:`distil`, one that is not
+    offline :meth:`phases`.
 
     Constructor arguments are the paper's hyper-parameters with its defaults; their annotations
     are checked, from a recipe and from Python alike. ``label_weight`` is the weight of the
@@ -63,9 +65,18 @@ class Method(nn.Module):
     def phases(self, bench: Bench) -> Phases:
         """The whole run: teacher, then for each seed the plain student and the distilled one."""
         yield from bench.teach()
+        own = copy.deepcopy(self)
+        yield from own.prepare(bench)
         for seed in bench.seeds:
             yield from bench.plain(seed)
-            yield from self.distil(bench, seed)
+            yield from own.distil(bench, seed)
+
+    def prepare(self, bench: Bench) -> Phases:
+        """Phases between the teacher's and the students', of parts that all students share.
+
+        They may change this method, of which every run has a copy; none unless overridden.
+        """
+        yield from ()
 
     def distil(self, bench: Bench, seed: int) -> Phases:
         """The distillation of one student."""
@@ -163,6 +174,10 @@ class Sum(Method):
     def parts(self) -> list[Method]:
         """The methods, in the order in which they were added."""
         return [m for m in self.members if isinstance(m, Method)]
+
+    def prepare(self, bench: Bench) -> Phases:
+        for method in self.parts:
+            yield from method.prepare(bench)
 
     def finish(self, bench: Bench, seed: int, student: Network) -> Phases:
         for method in self.parts:

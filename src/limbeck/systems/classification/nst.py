@@ -17,17 +17,18 @@ import math
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from limbeck.errors import UserError, did_you_mean
+from limbeck.training.features import check_maps, meeting, reduced
 from limbeck.training.method import Method
 from limbeck.training.task import Answer, Batch, Terms
 
 KERNELS = ("poly", "linear", "gaussian")
 STAGES = ("stage1", "stage2", "stage3")
 """Where Limbeck's own residual networks for small images end a resolution."""
+PURPOSE = "neuron selectivity is that of"
 DEAD = 1e-12
 """The length up to which a channel counts as dead and is divided by this number instead."""
 
@@ -74,8 +75,8 @@ def nst(
     >>> nst(student, teacher), nst(student, teacher, kernel="linear")
     (tensor(1.0000), tensor(0.5858))
     """
-    _maps(student_features, "student")
-    _maps(teacher_features, "teacher")
+    check_maps(student_features, "student", PURPOSE)
+    check_maps(teacher_features, "teacher", PURPOSE)
     if len(student_features) != len(teacher_features):
         raise UserError(
             f"the student's features are of {len(student_features)} samples, the teacher's of "
@@ -88,7 +89,7 @@ def nst(
             "a polynomial kernel has a whole degree of at least 1 and an offset of at least 0, "
             f"not {degree} and {offset}"
         )
-    size = _meeting(student_features, teacher_features)
+    size = meeting(student_features, teacher_features)
     # The discrepancy is a small difference of large means, which bfloat16 products would drown.
     with torch.autocast(student_features.device.type, enabled=False):
         s = selectivity(student_features, size)
@@ -122,8 +123,8 @@ def selectivity(features: Tensor, size: tuple[int, int] | None = None) -> Tensor
              [0.0000, 0.0000]]])
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    if size is not None and features.shape[2:] != size:
-        features = F.adaptive_avg_pool2d(features, size)
+    if size is not None:
+        features = reduced(features, size)
     channels = features.flatten(2)
     length = torch.linalg.vector_norm(channels, dim=2, keepdim=True)
     units = channels / length.clamp(min=DEAD)
@@ -191,9 +192,9 @@ class NST(Method):
     def build(self, student: Answer, teacher: Answer, batch: Batch) -> None:
         for one, other in self.pairs:
             s, t = student.features[one], teacher.features[other]
-            _maps(s, f"student's {one!r}")
-            _maps(t, f"teacher's {other!r}")
-            if _meeting(s, t) == (1, 1):
+            check_maps(s, f"student's {one!r}", PURPOSE)
+            check_maps(t, f"teacher's {other!r}", PURPOSE)
+            if meeting(s, t) == (1, 1):
                 raise UserError(
                     f"the student's {one!r} and the teacher's {other!r} meet at a single "
                     "position, where channels cannot differ in what they select; tap earlier "
@@ -219,17 +220,3 @@ class NST(Method):
             for one, other in self.pairs
         ]
         return {"nst": self.weight * torch.stack(discrepancies).sum()}
-
-
-def _maps(features: Tensor, whose: str) -> None:
-    if features.ndim != 4 or 0 in features.shape:
-        raise UserError(
-            f"the {whose} features have the shape {tuple(features.shape)}; neuron selectivity is "
-            "that of feature maps, (B, C, H, W)"
-        )
-
-
-def _meeting(student: Tensor, teacher: Tensor) -> tuple[int, int]:
-    """The smaller height and the smaller width of two sets of maps."""
-    (a, b), (c, d) = student.shape[2:], teacher.shape[2:]
-    return min(a, c), min(b, d)
