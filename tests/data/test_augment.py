@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from limbeck.data.augment import Augment, uniforms
+from limbeck.data.colour import pca_colours
 
 EVERYTHING = Augment(crop=3, flip=True, zoom=0.5, rand_ops=2, erase=0.5)
 EACH = [
@@ -180,6 +181,127 @@ def test_whether_a_box_is_erased_does_not_depend_on_where_the_zoom_looks() -> No
     both = Augment(zoom=0.3, erase=0.5)(ramp, rows, seed=0, view=0)
     erased = (both == 127).flatten(1).any(1).double()
     assert abs(float(torch.corrcoef(torch.stack([looked, erased]))[0, 1])) < 4 / 3000**0.5
+
+
+def coloured(number: int = 500) -> Tensor:
+    """Images whose colours lie mostly, and not evenly, along one direction."""
+    generator = torch.Generator().manual_seed(8)
+    mixing = torch.tensor([[40.0, 35.0, 30.0], [10.0, -2.0, -9.0], [3.0, -6.0, 4.0]])
+    colours = 128 + torch.randn(number, 16, 3, generator=generator) @ mixing
+    return colours.round().clamp(0, 255).byte().transpose(1, 2).reshape(number, 3, 4, 4)
+
+
+@pytest.mark.parametrize("scale", ["eigenvalue", "sqrt"])
+def test_a_tint_adds_the_same_whole_levels_to_every_pixel_of_an_image(scale: str) -> None:
+    colours, rows = pca_colours(coloured()), torch.arange(200)
+    augment = Augment.model_validate({"colour": 2.0, "colour_scale": scale})
+    grey = torch.full((200, 3, 5, 6), 127, dtype=torch.uint8)
+    levels = (augment.tints(rows, 3, 1, colours) * 255).round()
+    inside = (levels.abs() < 127).all(1)
+    assert int(inside.sum()) > 100
+    added = augment(grey, rows, 3, 1, colours)[inside].double() - 127
+    assert torch.equal(added, levels[inside][:, :, None, None].expand(added.shape))
+    assert float(added.abs().max()) > 1
+
+
+def test_a_tint_stops_at_black_and_white() -> None:
+    colours, rows = pca_colours(coloured()), torch.arange(300)
+    augment = Augment(colour=30.0, colour_scale="sqrt")
+    pixels = coloured(300)
+    levels = (augment.tints(rows, 0, 0, colours) * 255).round()
+    expected = (pixels.double() + levels[:, :, None, None]).clamp(0, 255)
+    assert float(levels.abs().max()) > 255
+    assert torch.equal(augment(pixels, rows, 0, 0, colours).double(), expected)
+
+
+def test_without_a_deviation_there_is_no_tint_and_no_need_of_colours() -> None:
+    pixels, rows = coloured(20), torch.arange(20)
+    assert torch.equal(Augment(colour=0.0)(pixels, rows, 0, 0), pixels)
+    flipped = Augment(flip=True)(pixels, rows, 0, 0)
+    colours = pca_colours(pixels)
+    assert torch.equal(Augment(flip=True, colour=0.0)(pixels, rows, 0, 0, colours), flipped)
+    # So little that no pixel reaches the next level.
+    assert torch.equal(Augment(colour=1e-9)(pixels, rows, 0, 0, colours), pixels)
+    with pytest.raises(ValueError, match="needs the colours"):
+        Augment(colour=0.1)(pixels, rows, 0, 0)
+
+
+@pytest.mark.parametrize(("scale", "power"), [("eigenvalue", 2), ("sqrt", 1)])
+def test_tints_have_the_covariance_of_the_paper(scale: str, power: int) -> None:
+    values, vectors = pca_colours(coloured())
+    augment = Augment.model_validate({"colour": 0.1, "colour_scale": scale})
+    number = 200_000
+    tints = augment.tints(torch.arange(number), 5, 2, (values, vectors))
+    expected = 0.01 * values**power
+    # Along the components tints are independent and normal.
+    along = tints @ vectors
+    found = along.T @ along / number
+    error = 5 * torch.outer(expected, expected).sqrt() * (2 / number) ** 0.5
+    assert bool(((found - expected.diag()).abs() < error).all())
+    whole = vectors @ expected.diag() @ vectors.T
+    assert torch.allclose(tints.T @ tints / number, whole, atol=float(5 * error.max()))
+    assert bool((along.mean(0).abs() < 5 * (expected / number).sqrt()).all())
+    scaled = along / expected.sqrt()
+    assert bool(((scaled.abs() < 1).double().mean(0) - 0.6827).abs().max() < 0.006)
+    assert float(scaled.abs().max()) < 6.5
+
+
+def test_pixels_that_are_tinted_have_the_covariance_of_the_paper_up_to_rounding() -> None:
+    values, vectors = pca_colours(coloured())
+    augment, number = Augment(colour=1.5), 50_000
+    grey = torch.full((1, 3, 1, 1), 127, dtype=torch.uint8).expand(number, -1, -1, -1)
+    tinted = augment(grey, torch.arange(number), 0, 0, (values, vectors)).double().flatten(1)
+    found = torch.cov(tinted.T, correction=0)
+    expected = 255**2 * 1.5**2 * vectors @ (values**2).diag() @ vectors.T
+    # Rounding to whole levels adds a variance of 1/12 a channel (Sheppard).
+    expected = expected + torch.eye(3) / 12
+    assert float((found - expected).abs().max() / expected.max()) < 0.03
+
+
+def test_grey_images_are_tinted_along_their_single_component() -> None:
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(60, 180, (400, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    colours = pca_colours(pixels)
+    tints = Augment(colour=0.5, colour_scale="sqrt").tints(torch.arange(20_000), 0, 0, colours)
+    assert tints.shape == (20_000, 1)
+    deviation = float((pixels.double() / 255).std(correction=0))
+    assert float(tints.std()) == pytest.approx(0.5 * deviation, rel=0.03)
+    tinted = Augment(colour=0.5)(pixels, torch.arange(400), 0, 0, colours)
+    assert tinted.shape == pixels.shape
+
+
+def test_what_a_crop_pads_stays_black_under_a_tint() -> None:
+    colours, rows = pca_colours(coloured()), torch.arange(50)
+    pixels = torch.full((50, 3, 6, 6), 127, dtype=torch.uint8)
+    augment = Augment(crop=3, colour=0.3, colour_scale="sqrt")
+    tinted = augment(pixels, rows, 0, 0, colours)
+    cut = Augment(crop=3)(pixels, rows, 0, 0)
+    assert torch.equal(tinted == 0, cut == 0)
+    assert int((cut == 0).sum()) > 0
+
+
+def test_a_tint_of_a_sample_is_the_same_alone_in_company_and_in_any_order() -> None:
+    colours, pixels, rows = pca_colours(coloured()), coloured(40), torch.arange(40) * 977 + 3
+    augment = Augment(colour=1.0, colour_scale="sqrt", crop=1, flip=True)
+    together = augment(pixels, rows, 7, 2, colours)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(augment(pixels[order], rows[order], 7, 2, colours), together[order])
+    tints = augment.tints(rows, 7, 2, colours)
+    for i in range(40):
+        one = slice(i, i + 1)
+        assert torch.equal(augment(pixels[one], rows[one], 7, 2, colours), together[one])
+        assert torch.equal(augment.tints(rows[one], 7, 2, colours), tints[one])
+    for other in ((8, 2), (7, 3)):
+        assert not torch.equal(augment.tints(rows, *other, colours), tints)
+
+
+def test_a_tint_changes_nothing_else_that_is_drawn() -> None:
+    pixels, rows = noise(64), torch.arange(64)
+    colours = pca_colours(pixels)
+    faint = EVERYTHING.model_copy(update={"colour": 1e-9})
+    assert torch.equal(faint(pixels, rows, 1, 2, colours), EVERYTHING(pixels, rows, 1, 2))
+    assert Augment(colour=0.1, views=3).distinct == 3
+    assert Augment(colour=0.1).distinct is None
 
 
 def test_uniforms_lie_in_the_unit_interval_and_fill_it_evenly() -> None:
@@ -354,6 +476,9 @@ def test_where_nothing_is_random_there_is_one_view_however_many_are_asked_for() 
         {"mixup": -0.1},
         {"mixup": float("inf")},
         {"cutmix": float("nan")},
+        {"colour": -0.1},
+        {"colour": float("nan")},
+        {"colour_scale": "variance"},
         {"rand_ops": -1},
         {"rand_magnitude": 31},
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -10,18 +10,26 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from limbeck.data.colour import colour_offsets
 from limbeck.data.randaugment import rand_augment
 from limbeck.training.seeding import derive
 
 # The first of a sample's uniforms that each of these draws; crop, flip, zoom and erase have 0 to 9.
 # Operations come last, as there is no end to them.
-_PARTNER, _MIX, _OPERATIONS = 10, 11, 32
+_PARTNER, _MIX, _COLOUR, _OPERATIONS = 10, 11, 16, 32
 
 _Alpha = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Augment(BaseModel):
     """What is done at random to a training image, in this order.
+
+    ``colour`` adds one tint to all pixels of an image, along the principal components p_i of the
+    training set's pixels (Krizhevsky et al. 2012): the sum of a_i l_i p_i with eigenvalues l_i on
+    the scale where white is 1, and a_i from a normal distribution of deviation ``colour`` (0.1 in
+    the paper); ``colour_scale: sqrt`` takes the roots of the l_i, the components' deviations. The
+    tint is rounded to whole levels of 255 before it is added, so that all pixels get the same; what
+    leaves 0 to 255 is cut off. Grey images have a single component.
 
     ``crop`` pads by so many black pixels and cuts the old size out again (jitter of up to that
     many pixels); ``flip`` mirrors left and right with probability one half; ``zoom`` cuts a square
@@ -37,6 +45,10 @@ class Augment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    colour: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="deviation of the tint's draws"
+    )
+    colour_scale: Literal["eigenvalue", "sqrt"] = "eigenvalue"
     crop: int = Field(default=0, ge=0, description="pixels")
     flip: bool = False
     zoom: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -65,7 +77,8 @@ class Augment(BaseModel):
     @property
     def _changes(self) -> bool:
         """Whether an image changes by itself."""
-        return bool(self.crop or self.flip or self.zoom < 1 or self.rand_ops or self.erase)
+        places = self.crop or self.flip or self.zoom < 1
+        return bool(self.colour or places or self.rand_ops or self.erase)
 
     def shown(self, seed: int, epoch: int) -> tuple[int, int]:
         """The seed and the view by which an epoch of a run with ``seed`` shows its samples.
@@ -77,7 +90,14 @@ class Augment(BaseModel):
         """
         return (seed, epoch) if self.distinct is None else (0, epoch % self.distinct)
 
-    def __call__(self, pixels: Tensor, rows: Tensor, seed: int, view: int) -> Tensor:
+    def __call__(
+        self,
+        pixels: Tensor,
+        rows: Tensor,
+        seed: int,
+        view: int,
+        colours: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Augment a batch, each image by itself; :meth:`mix` does the rest.
 
         Args:
@@ -85,6 +105,8 @@ class Augment(BaseModel):
             rows: int64 of shape (B,), the samples' identities.
             seed: the run's seed.
             view: which of a sample's views is wanted, the epoch for instance.
+            colours: eigenvalues and eigenvectors of the training set's colours
+                (:func:`limbeck.data.colour.pca_colours`), which ``colour`` needs.
 
         Returns:
             uint8 of shape (B, C, H, W); the same arguments give the same pixels, whatever else
@@ -92,6 +114,11 @@ class Augment(BaseModel):
         """
         if not self._changes:
             return pixels
+        if self.colour:
+            if colours is None:
+                raise ValueError("a tint needs the colours of the training set")
+            # Before the crop, so that what it pads stays black.
+            pixels = _tint(pixels, self.tints(rows, seed, view, colours))
         chance = uniforms(rows, 10, seed, view).to(pixels.device)
         if self.crop or self.flip:
             pixels = _shift(pixels, self.crop, self.flip, chance)
@@ -104,6 +131,20 @@ class Augment(BaseModel):
         if self.erase:
             pixels = _erase(pixels, self.erase, chance)
         return pixels
+
+    def tints(self, rows: Tensor, seed: int, view: int, colours: tuple[Tensor, Tensor]) -> Tensor:
+        """What ``colour`` adds to each sample's pixels, before rounding.
+
+        Returns:
+            float64 of shape (B, C), on the CPU, on the scale where white is 1.
+        """
+        values, vectors = colours
+        chance = uniforms(rows, len(values), seed, view, first=_COLOUR)
+        # A uniform may be 0, below which no share of a normal distribution lies.
+        draws = self.colour * torch.special.ndtri(chance.clamp(min=2.0**-54))
+        return colour_offsets(
+            draws, values.sqrt() if self.colour_scale == "sqrt" else values, vectors
+        )
 
     def partners(self, rows: Tensor, number: int, seed: int, view: int) -> Tensor:
         """Which of a split's ``number`` positions each sample is mixed with, int64 (B,).
@@ -174,6 +215,11 @@ def _shift_right(state: Tensor, bits: int) -> Tensor:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _tint(pixels: Tensor, tints: Tensor) -> Tensor:
+    levels = (tints * 255).round().clamp(-255, 255).short().to(pixels.device)
+    return (pixels.short() + levels[:, :, None, None]).clamp_(0, 255).to(torch.uint8)
 
 
 def _shift(pixels: Tensor, padding: int, flip: bool, chance: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class ImageBatches:
         rows = self.split.rows[wanted]
         seed, view = self.augment.shown(self.seed, epoch)
         if self.train:
-            pixels = self.augment(pixels, rows.flatten(), seed, view)
+            pixels = self.augment(pixels, rows.flatten(), seed, view, self._colours)
         batch: Batch = {"image": pixels.float().div_(255), "row": rows[0]}
         if self.split.labels is not None:
             batch["label"] = self.split.labels[wanted[0]]
@@ -120,7 +120,14 @@ class ImageBatches:
         if self.augment.mixes:
             # A partner is a position in the split, so other samples make other mixtures.
             digest.update(self.split.rows.numpy().tobytes())
+        for part in self._colours or ():
+            # So are the colours that a tint is made of.
+            digest.update(part.numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def _colours(self) -> tuple[Tensor, Tensor] | None:
+        return self.split.colours if self.augment.colour else None
 
     def _pixels(self, chunks: list[Tensor]) -> Iterator[Tensor]:
         images = self.split.images

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from limbeck.data.colour import pca_colours
+
 
 class Images(Protocol):
     """A row of images, in memory or on disk.
@@ -65,6 +67,8 @@ class ResidentImages:
         return hashlib.sha256(self.pixels.cpu().flatten().numpy().data).hexdigest()
 
 
+_COLOURED = 10_000
+
 _EVERY = torch.empty(0, dtype=torch.int64)
 
 
@@ -103,6 +107,16 @@ class Split:
             labels=None if self.labels is None else self.labels[chosen],
             rows=self.rows[chosen],
         )
+
+    @cached_property
+    def colours(self) -> tuple[Tensor, Tensor]:
+        """The principal components of the pixels' colours, as :func:`pca_colours` gives them.
+
+        Of at most 10,000 images, evenly spaced in the split.
+        """
+        step = max(1, -(-len(self) // _COLOURED))
+        rows = self.rows[::step].tolist()
+        return pca_colours(self.images.read(row)[None] for row in rows)
 
     def fingerprint(self) -> str:
         """A hash of images, labels and choice of samples."""
