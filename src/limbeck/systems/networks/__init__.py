@@ -1,0 +1,1 @@
+"""Systems that are networks: what a teacher or a student is built of."""
