@@ -313,6 +313,12 @@ def test_normalisation_follows_the_definition_in_value_and_gradient(shape, const
     assert torch.allclose(x.grad, other.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_the_gradient_is_the_derivative():
+    x = (20 * noise(2, 7, 2, 2)).requires_grad_()
+    assert torch.autograd.gradcheck(local_response_norm, (x,))
+    assert torch.autograd.gradgradcheck(local_response_norm, (x,))
+
+
 def test_normalisation_is_torch_s_with_alpha_times_n():
     x = 30 * noise(2, 12, 5, 5)
     theirs = F.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
