@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from limbeck.data import load
 from limbeck.data.augment import Augment
 from limbeck.data.batches import ImageBatches
 from limbeck.data.colour import colour_offsets, pca_colours
@@ -100,3 +104,11 @@ def test_a_source_of_views_is_the_colours_that_tint_them_too() -> None:
     assert source(split, tinted) != source(split, Augment(colour=0.2, views=2))
     rooted = Augment(colour=0.1, colour_scale="sqrt", views=2)
     assert source(split, tinted) != source(split, rooted)
+
+
+def test_photographs_differ_most_in_brightness(real_data: Callable[[str], Path]) -> None:
+    values, vectors = load(f"cifar10:{real_data('cifar10')}").train.colours
+    assert torch.allclose(vectors[:, 0], torch.full((3,), 3**-0.5, dtype=torch.float64), atol=0.05)
+    assert float(values[0] / values.sum()) > 0.85
+    # Blue against red comes second, green against both last.
+    assert bool((vectors[0, 1] * vectors[2, 1] < 0) & (vectors[0, 2] * vectors[1, 2] < 0))

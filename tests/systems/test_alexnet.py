@@ -345,7 +345,10 @@ def test_a_response_grows_less_than_its_input():
 def test_normalisation_keeps_the_memory_format_and_the_type():
     x = noise(2, 8, 4, 4, dtype=torch.float32).to(memory_format=torch.channels_last)
     assert local_response_norm(x).is_contiguous(memory_format=torch.channels_last)
-    assert local_response_norm(x.bfloat16()).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        found = local_response_norm((1000 * x).to(dtype))
+        assert found.dtype == dtype
+        assert torch.equal(found, local_response_norm((1000 * x).to(dtype).float()).to(dtype))
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def local_response_norm(
         b^i = a^i \Big/ \Big(k + \alpha \sum_{j = \max(0, i - (n - 1) / 2)}
         ^{\min(N - 1, i + (n - 1) / 2)} (a^j)^2\Big)^\beta
 
-    The sum is not divided by n, as it is in ``torch.nn.functional.local_response_norm``, whose
-    alpha is therefore n times this one. At the first and the last channels the window is cut off.
+    The sum is not divided by n. In ``torch.nn.functional.local_response_norm`` it is, so alpha
+    there is n times alpha here. At the first and the last channels the window is cut off.
 
     Args:
         activity: (B, N, ...), N channels.
@@ -76,7 +76,7 @@ def local_response_norm(
         alpha, beta: at least 0.
 
     Returns:
-        Of the shape of ``activity``.
+        Of the shape and type of ``activity``; half precision is left in between.
 
     Raises:
         UserError: no channels, or a constant out of range.
@@ -93,12 +93,16 @@ def local_response_norm(
         raise UserError(f"a window has its channel in the middle, so n is odd, not {n}")
     if not all(0 <= number < math.inf for number in (k, alpha, beta)):
         raise UserError(f"k, alpha and beta are at least 0, not {k}, {alpha} and {beta}")
-    scale: Tensor = k + alpha * _Neighbours.apply(activity.square(), n // 2)
+    # A response of 256 has a square that float16 cannot hold.
+    wide = activity.to(torch.promote_types(activity.dtype, torch.float32))
+    scale: Tensor = k + alpha * _Neighbours.apply(wide.square(), n // 2)
     if beta == 0.75:
         # Roots are several times as fast as a power.
         root = scale.rsqrt()
-        return activity * (root * root.sqrt())
-    return activity * scale.pow(-beta)
+        factor = root * root.sqrt()
+    else:
+        factor = scale.pow(-beta)
+    return (wide * factor).to(activity.dtype)
 
 
 def _sum_of_neighbours(x: Tensor, reach: int) -> Tensor:
