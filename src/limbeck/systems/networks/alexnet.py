@@ -208,7 +208,7 @@ def _crops(images: Tensor, size: int) -> Iterator[Tensor]:
 def _margins(images: Tensor, size: int) -> tuple[int, int]:
     """By how much images are higher and wider than a crop."""
     height, width = images.shape[-2:]
-    if images.ndim < 2 or not 1 <= size <= min(height, width):
+    if not 1 <= size <= min(height, width):
         raise UserError(
             f"a crop of {size} x {size} pixels cannot be cut out of images of {height} x {width}; "
             "give larger images, with data.size for instance"
