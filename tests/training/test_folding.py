@@ -44,7 +44,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Statistics and affine parameters as far from those of a new batch norm as a trained one's."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for tensor, low, high in (
                 (module.running_mean, -0.5, 0.5),
                 (module.running_var, 0.5, 2.0),
@@ -119,6 +119,15 @@ def test_a_folded_network_answers_as_before_and_the_original_is_untouched(name: 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+class Declared(nn.modules.batchnorm._BatchNorm):
+    """A batch norm of one's own, for any number of dimensions."""
+
+    folds = True
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
@@ -129,6 +138,9 @@ def test_a_folded_network_answers_as_before_and_the_original_is_untouched(name: 
         (lambda bias: nn.Conv2d(6, 6, (1, 3), groups=6, bias=bias), nn.BatchNorm2d),
         (lambda bias: nn.Conv1d(4, 6, 3, bias=bias), nn.BatchNorm1d),
         (lambda bias: nn.Linear(4, 6, bias=bias), nn.BatchNorm1d),
+        (lambda bias: nn.Conv2d(4, 6, 3, bias=bias), Declared),
+        (lambda bias: nn.Conv1d(4, 6, 3, bias=bias), Declared),
+        (lambda bias: nn.Linear(4, 6, bias=bias), Declared),
     ],
 )
 def test_folding_scales_each_output_channel_and_shifts_its_bias(make, norm, bias, affine):
@@ -148,6 +160,56 @@ def test_folding_scales_each_output_channel_and_shifts_its_bias(make, norm, bias
     width = layer.weight.shape[1] * getattr(layer, "groups", 1)
     x = torch.randn(5, width, *[7] * (layer.weight.dim() - 2), dtype=torch.float64)
     assert far(folded(x), model.eval()(x)) <= 1e-14
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        (nn.ConvTranspose1d, nn.BatchNorm1d),
+        (nn.ConvTranspose2d, nn.BatchNorm2d),
+        (nn.ConvTranspose2d, Declared),
+    ],
+)
+def test_a_transposed_convolution_is_scaled_by_the_outputs_of_its_groups(
+    kind, norm, groups, bias, affine
+):
+    torch.manual_seed(5)
+    up = kind(8, 12, 3, stride=2, padding=1, output_padding=1, groups=groups, bias=bias)
+    model = randomise(nn.Sequential(up, norm(12, eps=0.1, affine=affine))).double().eval()
+    layer, bn = model
+    folded = fold_batch_norm(model)
+    assert type(folded[1]) is nn.Identity
+    ins, outs = 8 // groups, 12 // groups
+    for i in range(8):
+        for o in range(outs):
+            c = i // ins * outs + o
+            gamma = float(bn.weight[c]) if affine else 1.0
+            wanted = layer.weight[i, o] * gamma / (float(bn.running_var[c]) + 0.1) ** 0.5
+            torch.testing.assert_close(folded[0].weight[i, o], wanted, rtol=1e-14, atol=0)
+    x = torch.randn(3, 8, *[5] * (layer.weight.dim() - 2), dtype=torch.float64)
+    assert far(folded(x), model(x)) <= 1e-14
+
+
+def test_a_batch_norm_of_ones_own_is_folded_by_its_own_word_alone():
+    class Further(Declared):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).abs()
+
+    for norm, left in ((Declared, []), (Further, ["1"])):
+        model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)))
+        folded = fold_batch_norm(model)
+        named = folded.named_modules()
+        assert [n for n, m in named if isinstance(m, nn.modules.batchnorm._BatchNorm)] == left
+        assert far(folded(images()), model.eval()(images())) <= 1e-6
+
+
+def test_a_convolution_fed_one_image_without_a_batch_is_refused_where_the_norm_reads_another_axis():
+    folded = fold_batch_norm(randomise(nn.Sequential(nn.Conv2d(3, 4, 3), Declared(4))))
+    with pytest.raises(UserError, match="takes 4 dimensions, not 3"):
+        folded(images()[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -223,8 +285,11 @@ def patched() -> nn.Module:
             id="statistics read",
         ),
         pytest.param(
-            lambda: Written(lambda m, x: m.bn(m.up(x)), up=nn.ConvTranspose2d(3, 3, 3)),
-            id="transposed",
+            lambda: Written(
+                lambda m, x: m.bn(m.up(x, output_size=m.up(x).shape[2:])),
+                up=nn.ConvTranspose2d(3, 3, 3),
+            ),
+            id="transposed runs twice",
         ),
         pytest.param(
             lambda: Written(lambda m, x: m.bn(m.sub(x)), sub=Subclassed(3, 3, 3)), id="subclass"

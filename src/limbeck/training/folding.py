@@ -17,18 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from limbeck.errors import UserError, did_you_mean
 
-Affine = nn.Conv1d | nn.Conv2d | nn.Linear
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d
+Affine = nn.Conv1d | nn.Conv2d | Transposed | nn.Linear
 
-PAIRS: dict[type[nn.Module], type[nn.Module]] = {
+PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
+    nn.ConvTranspose1d: nn.BatchNorm1d,
+    nn.ConvTranspose2d: nn.BatchNorm2d,
     nn.Linear: nn.BatchNorm1d,
 }
-"""What can be folded into what; a subclass may compute something else and is left alone."""
+"""What can be folded into what; a subclass may compute something else and is left alone. A batch
+norm whose own class has ``folds = True`` says that at inference it computes what torch's do, for
+whatever number of dimensions."""
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 OTHER_HOOKS = (
@@ -50,12 +55,13 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = (), share: bool = Fa
     and rounded once to the layer's dtype. The batch norm becomes an :class:`torch.nn.Identity` at
     the same path with the same forward hooks; what it put out it still puts out, to rounding.
 
-    A batch norm is folded if it has running statistics and reads the output of a Conv1d, Conv2d
-    (grouped ones too) or Linear that nothing else reads. Left as they are: layers and batch norms
-    that run more than once, share parameters, are subclassed, parametrized or hooked other than by
-    forward hooks on the batch norm. Which tensor goes where is read off a symbolic trace of a call
-    with the default values of optional arguments; a model that cannot be traced, because its
-    control flow depends on its input for instance, is copied and not folded.
+    A batch norm is folded if it has running statistics and reads the output of a Conv1d, Conv2d,
+    ConvTranspose1d, ConvTranspose2d (grouped ones too) or Linear that nothing else reads. Left as
+    they are: layers and batch norms that run more than once, share parameters, are subclassed,
+    parametrized or hooked other than by forward hooks on the batch norm. Which tensor goes where is
+    read off a symbolic trace of a call with the default values of optional arguments; a model that
+    cannot be traced, because its control flow depends on its input for instance, is copied and not
+    folded.
 
     Args:
         model: any module; it is not touched.
@@ -66,8 +72,8 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = (), share: bool = Fa
 
     Raises:
         UserError: a path in ``keep`` that names no module. A forward pass of the copy, where a
-            BatchNorm1d folded into a Linear is fed other than (B, F), or one folded into a Conv1d
-            other than (B, C, L): the batch norm would have read another axis.
+            batch norm folded into a Linear is fed other than (B, F), or one folded into a
+            convolution of one dimension other than (B, C, L): it would have read another axis.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
@@ -83,7 +89,7 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = (), share: bool = Fa
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
     folded = copy.deepcopy(model, dict(tensors)).eval()
     seen = _seen(folded, keep)
-    if not any(isinstance(module, BatchNorm) for module in folded.modules()):
+    if not any(_is_norm(module) for module in folded.modules()):
         return folded
     trace = _trace(folded, seen)
     if trace is None:
@@ -92,7 +98,7 @@ def fold_batch_norm(model: nn.Module, keep: Iterable[str] = (), share: bool = Fa
     for layer, path in pairs:
         norm = folded.get_submodule(path)
         assert isinstance(layer, Affine)
-        assert isinstance(norm, BatchNorm)
+        assert isinstance(norm, _BatchNorm)
         _fold(layer, norm)
         folded.set_submodule(path, _stand_in(layer, norm))
     if pairs:
@@ -110,6 +116,9 @@ class _Trace(fx.Tracer):
         super().__init__()
         self.seen = seen
         self.nodes: set[fx.Node] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -200,23 +209,38 @@ def _pairs(model: nn.Module, trace: _Trace) -> list[tuple[nn.Module, str]]:
     return pairs
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm that may be folded somewhere."""
+    return type(module) in PAIRS.values() or _says_so(module)
+
+
+def _says_so(module: nn.Module) -> bool:
+    # Its very own word: a subclass may compute something else.
+    return isinstance(module, _BatchNorm) and bool(vars(type(module)).get("folds"))
+
+
 def _fit(layer: nn.Module, norm: nn.Module) -> bool:
     """Whether the batch norm is a fixed affine map of the layer's output channels."""
-    if PAIRS.get(type(layer)) is not type(norm):
+    wanted = PAIRS.get(type(layer))
+    if wanted is None or not (type(norm) is wanted or _says_so(norm)):
         return False
     assert isinstance(layer, Affine)
-    assert isinstance(norm, BatchNorm)
+    assert isinstance(norm, _BatchNorm)
     return (
         not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None
-        and norm.num_features == len(layer.weight)
+        and norm.num_features == _outputs(layer)
         and layer.weight.is_floating_point()
     )
 
 
+def _outputs(layer: Affine) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
 @torch.no_grad()
-def _fold(layer: Affine, norm: BatchNorm) -> None:
+def _fold(layer: Affine, norm: _BatchNorm) -> None:
     def exact(tensor: Tensor | None, otherwise: float) -> Tensor:
         if tensor is None:
             return torch.full((norm.num_features,), otherwise, dtype=torch.float64)
@@ -224,19 +248,25 @@ def _fold(layer: Affine, norm: BatchNorm) -> None:
         return tensor.detach().to("cpu", torch.float64)
 
     scale = exact(norm.weight, 1) / (exact(norm.running_var, 1) + norm.eps).sqrt()
-    weight = exact(layer.weight, 0) * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    old, window = layer.weight, [1] * (layer.weight.dim() - 2)
+    if isinstance(layer, Transposed):
+        # (inputs, outputs / groups, ...): the inputs of a group meet that group's outputs alone.
+        by_input = scale.view(layer.groups, 1, -1).expand(-1, len(old) // layer.groups, -1)
+        rows = by_input.reshape(len(old), -1, *window)
+    else:
+        rows = scale.view(-1, 1, *window)
+    weight = exact(old, 0) * rows
     bias = (exact(layer.bias, 0) - exact(norm.running_mean, 0)) * scale + exact(norm.bias, 0)
-    old = layer.weight
     layer.weight = nn.Parameter(weight.to(old.device, old.dtype), old.requires_grad)
     layer.bias = nn.Parameter(bias.to(old.device, old.dtype), old.requires_grad)
 
 
-def _stand_in(layer: Affine, norm: BatchNorm) -> nn.Identity:
+def _stand_in(layer: Affine, norm: _BatchNorm) -> nn.Identity:
     """An identity with the batch norm's forward hooks."""
     identity = nn.Identity().eval()
     for hooks in FORWARD_HOOKS:
         setattr(identity, hooks, getattr(norm, hooks))
-    if not isinstance(layer, nn.Conv2d):  # BatchNorm2d takes nothing but (B, C, H, W)
+    if type(norm) is not nn.BatchNorm2d:  # which takes nothing but (B, C, H, W)
         identity.register_forward_pre_hook(partial(_refuse_other, dims=layer.weight.dim()))
     return identity
 
