@@ -27,6 +27,7 @@ from limbeck.systems.networks.batchnorm import (
 from limbeck.tasks.classification import Classification
 from limbeck.training.folding import fold_batch_norm
 from limbeck.training.method import Supervised
+from limbeck.training.network import Network
 from limbeck.training.progress import Voice
 
 SHAPES = {
@@ -171,7 +172,7 @@ def pair(theirs: type[nn.Module], **given) -> tuple[BatchNorm, nn.Module]:
 def test_the_layer_computes_and_remembers_what_torchs_does(shape, theirs, momentum, affine):
     own, torchs = pair(theirs, eps=0.01, momentum=momentum, affine=affine)
     for step in range(3):
-        x, other = (2 * numbers(*shape, seed=step) + step).requires_grad_(), None
+        x = (2 * numbers(*shape, seed=step) + step).requires_grad_()
         other = x.detach().clone().requires_grad_()
         y, wanted = own(x), torchs(other)
         torch.testing.assert_close(y, wanted)
@@ -213,7 +214,7 @@ def test_weights_go_from_torchs_layer_to_this_one_and_back():
     model.load_state_dict(own.state_dict())
 
 
-def test_layouts_and_empty_gradients_keep_their_form():
+def test_maps_that_lie_channels_last_stay_so():
     x = numbers(4, 3, 5, 5).float().to(memory_format=torch.channels_last)
     own, torchs = BatchNorm(3), nn.BatchNorm2d(3)
     y = own(x)
@@ -294,9 +295,10 @@ def test_batches_of_several_sizes_give_unbiased_variances():
 
 def test_a_model_may_be_run_in_its_own_way_and_its_layers_twice():
     layer = BatchNorm(1)
-    population_statistics(layer, [{"a": column(1, 3), "b": column(2, 6)}], lambda batch: (
-        layer(batch["a"]), layer(batch["b"])
-    ))  # fmt: skip
+    halves = {"first": column(1, 3), "second": column(2, 6)}
+    found = population_statistics(layer, [halves], lambda batch: [layer(x) for x in batch.values()])
+    assert found == 1
+    assert layer.num_batches_tracked.item() == 2
     assert (layer.running_mean.item(), layer.running_var.item()) == (3, 5)
 
 
@@ -614,6 +616,15 @@ def test_wrong_hyper_parameters_are_one_sentence(given, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         BatchNormalization(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_of_feature_maps_a_channel_is_watched_at_all_positions_and_no_hook_stays():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Conv2d(3, 2, 3), nn.Sigmoid())
+    network, images = Network(model), numbers(4, 1, 6, 6).float()
+    values, output = BatchNormalization(unit=1)._fed(network, lambda: network(images))
+    assert torch.equal(values, model[:3](images)[:, 1].flatten().detach())
+    assert torch.equal(output, model(images))
+    assert not any(m._forward_pre_hooks for m in model)
 
 
 def test_a_finding_about_a_single_percentile_has_no_spread():

@@ -268,7 +268,7 @@ def population_statistics(
         run: how the model is run on a batch instead.
 
     Returns:
-        The number of batches, which also becomes ``num_batches_tracked``.
+        The number of batches; ``num_batches_tracked`` is how many a layer saw of them.
 
     Raises:
         UserError: no batch, no batch norm with running statistics, one that a batch does not
@@ -582,21 +582,21 @@ class BatchNormalization(Supervised):
                 "network",
                 f"best {bench.task.metric}",
                 f"last {bench.task.metric}",
-                "steps to the best one without",
+                "steps to the best of the one without",
                 f"drift of percentile {middle:g}",
                 "drift of the spread",
             ]
         ]
-        measured: dict[str, list[tuple[float, ...]]] = {}
+        measured: dict[tuple[str, str], list[tuple[float, ...]]] = {}
         for (role, seed), curve in curves.items():
             mark = curves.get(("baseline", seed), curve)
             steps = curve.reach(max(mark.accuracy))
             facts = (max(curve.accuracy), curve.accuracy[-1], steps or math.inf, *curve.drifts())
             kind = _kind(bench.delivered(seed)[role])
-            measured.setdefault(kind, []).append(facts)
+            measured.setdefault((role, kind), []).append(facts)
             rows.append([str(seed), kind, *_cells(facts)])
         if len(bench.seeds) > 1:
-            for kind, every in measured.items():
+            for (_, kind), every in measured.items():
                 means = [sum(column) / len(column) for column in zip(*every, strict=True)]
                 rows.append(["mean", kind, *_cells(means)])
         caption = (
