@@ -44,6 +44,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Names are imported when they are first used: ``limbeck list`` needs no torch."""
+    if name == "losses":
+        return import_module("limbeck.losses")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'limbeck' has no attribute {name!r}")

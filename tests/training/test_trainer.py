@@ -181,8 +181,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path
         Trainer(run, engine, Voice(quiet=True)).work(iter_phases(fit))
 
 
-def iter_phases(*items):
-    yield from items
+def iter_phases(*items, heard=None):
+    for item in items:
+        found = yield item
+        if heard is not None:
+            heard.append(found)
 
 
 def test_slices_of_a_batch_add_up_to_the_whole(tmp_path):
@@ -264,9 +267,11 @@ def test_the_best_state_on_validation_data_is_kept_when_asked(tmp_path):
         keep=[2],
     )
     run = Run.create(tmp_path / "run", {"test": True})
-    Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit))
+    heard: list[object] = []
+    Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit, heard=heard))
     assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
     assert (run.path / "phases" / "000-fit.epoch-2").is_file()
+    assert heard == [{2: run.path / "phases" / "000-fit.epoch-2"}]
 
 
 def test_the_first_batch_is_audited_and_nothing_is_changed_by_it(tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from limbeck.training.distiller import Distiller
 from limbeck.training.engine import PRECISIONS, Engine
 from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
-from limbeck.training.phases import Fit, Training, Update
+from limbeck.training.phases import Fit, Phase, Training, Update
 from limbeck.training.profiling import stretch
 from limbeck.training.progress import Voice
 from limbeck.training.task import Batch, Batches, Task, Terms
@@ -220,15 +221,23 @@ class Bench:
             cache=cache,
         ).to(self.device)
 
-    def teach(self) -> Phases:
-        """Train the teachers that are not ready, freeze all, and say how good they are."""
+    def teach(self, keep: Sequence[int] = ()) -> Generator[Phase, Any, dict[int, Path]]:
+        """Train the teachers that are not ready, freeze all, and say how good they are.
+
+        Args:
+            keep: epochs after which the state of the last one trained is kept.
+
+        Returns:
+            Where these states lie, by epoch.
+        """
+        route: dict[int, Path] = {}
         if not self.candidates:
             raise UserError("this method needs a teacher; name one with --teacher")
         for number, candidate in enumerate(self.candidates):
             network = self.laid_out(candidate.network)
             if candidate.training is not None:
                 name = "teacher" if len(self.candidates) == 1 else f"teacher-{number + 1}"
-                yield self.fit(
+                fit = self.fit(
                     name,
                     network,
                     candidate.training,
@@ -236,6 +245,7 @@ class Bench:
                     split=self.train,
                     task=candidate.task,
                 )
+                route = (yield replace(fit, keep=keep)) or {}
         networks = [c.network for c in self.candidates]
         self.teacher = self.frozen(networks, self.cache)
         if len(self.validation):
@@ -245,6 +255,7 @@ class Bench:
                     f"teacher {network.name or type(network.model).__name__}: "
                     f"{self.task.metric} {found:.4f} on the validation split"
                 )
+        return route
 
     def plain(self, seed: int) -> Phases:
         """Train the plain student of this seed, or its rival, on labels for the comparison."""

@@ -150,7 +150,9 @@ class Fit(Phase):
 
     ``evaluate`` measures on validation data after every epoch; with ``select="best"`` the state
     with the best measure (the task's metric, first key) is kept instead of the last.
-    ``keep`` lists epochs (1 = after the first) after which the state is kept in the run folder.
+    ``keep`` lists epochs (1 = after the first) after which the state is kept in the run folder; the
+    ``yield`` then gives back where, by epoch, for :func:`limbeck.training.checkpoint.read_state`.
+    ``begun`` is how many epochs of the learning rate's schedule lie behind.
     """
 
     updates: Sequence[Update]
@@ -160,6 +162,7 @@ class Fit(Phase):
     select: Literal["last", "best"] = "last"
     higher_is_better: bool = True
     keep: Sequence[int] = ()
+    begun: float = 0.0
 
     def modules(self) -> dict[str, nn.Module]:
         return {name: module for update in self.updates for name, module in update.train.items()}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, pairwise
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -218,9 +219,15 @@ class Trainer:
                 else:
                     _load(phase, done["modules"])
                 log, result = done["log"], done["result"]
+                if isinstance(phase, Fit) and phase.keep:
+                    result = {epoch: self._kept(index, phase, epoch) for epoch in phase.keep}
                 self.seconds[phase.name] = done["seconds"]
         if self.engine.trackers:
             self.accelerator.end_training()
+
+    def _kept(self, index: int, phase: Phase, epoch: int) -> Path:
+        """Where the state after an epoch lies that a phase keeps."""
+        return self.run.phase_path(index, phase.name).with_suffix(f".epoch-{epoch}")
 
     def _do(self, index: int, phase: Phase, log: int) -> dict[str, Any]:
         checkpoint = self.run.checkpoints.newest()
@@ -384,7 +391,7 @@ class _Fitting:
                 self._audit(batch)
             seed_all(phase.seed, done, self.rank)
             for number, worker in enumerate(self.workers):
-                worker.set_rate(self.epoch + self.step / self.length)
+                worker.set_rate(phase.begun + self.epoch + self.step / self.length)
                 with self._only(worker):
                     terms = worker(batch)
                 meter = self.meters[number] or _Meter.like(terms)
@@ -427,8 +434,8 @@ class _Fitting:
             if phase.select == "best" and self._improves(value):
                 self.best = {"value": value, "modules": copy.deepcopy(_state(phase))}
         if self.epoch in phase.keep:
-            path = run.phase_path(self.index, phase.name)
-            write_state(path.with_suffix(f".epoch-{self.epoch}"), {"modules": _state(phase)})
+            path = self.trainer._kept(self.index, phase, self.epoch)
+            write_state(path, {"modules": _state(phase)})
 
     def _improves(self, value: float) -> bool:
         if self.best is None:
