@@ -93,6 +93,62 @@ def cifar_binary(raw: bytes, name: str, coarse: bool | None) -> Pool:
     return records[:, extra:].reshape(-1, 3, 32, 32).clone(), label
 
 
+def write_cifar_binary(
+    path: Path, pixels: Tensor, labels: Tensor, coarse: Tensor | None = None
+) -> None:
+    """Write records of the official binary version, which :func:`cifar_binary` reads back.
+
+    Pixel (row r, column c, channel k) of image i lies at byte 3073 i + 1 + 1024 k + 32 r + c of
+    CIFAR-10, and at 3074 i + 2 + 1024 k + 32 r + c of CIFAR-100. There is no header.
+
+    Args:
+        path: such as ``data_batch_1.bin`` for CIFAR-10, ``train.bin`` for CIFAR-100.
+        pixels: uint8 of shape (N, 3, 32, 32).
+        labels: whole numbers, (N,): from 0 to 9; the fine ones, from 0 to 99, if ``coarse`` is
+            given.
+        coarse: from 0 to 19, which makes the records those of CIFAR-100
+            (:func:`limbeck.data.cifar.coarse_labels`).
+
+    Raises:
+        UserError: pixels or labels that a record cannot hold; a file that cannot be written.
+
+    >>> import tempfile
+    >>> pixels, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([7, 2])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "data_batch_1.bin")
+    ...     write_cifar_binary(file, pixels, labels)
+    ...     file.stat().st_size, cifar_binary(file.read_bytes(), file.name, None)[1]
+    (6146, tensor([7, 2]))
+    """
+    if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, 32, 32):
+        raise UserError(
+            "a record of CIFAR holds 3 x 32 x 32 unsigned bytes, and images of "
+            f"{pixels.dtype} of shape {tuple(pixels.shape)} do not fit in"
+        )
+    columns = []
+    classes = {"label": (labels, 10)}
+    if coarse is not None:
+        classes = {"coarse label": (coarse, 20), "fine label": (labels, 100)}
+    for name, (values, number) in classes.items():
+        if values.shape != (len(pixels),) or values.is_floating_point():
+            raise UserError(
+                f"{len(pixels):,} records want as many whole numbers as {name}s, not "
+                f"{values.dtype} of shape {tuple(values.shape)}"
+            )
+        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < number:
+            raise UserError(
+                f"a {name} of CIFAR-{10 if coarse is None else 100} runs from 0 to {number - 1}, "
+                f"and here from {int(values.min())} to {int(values.max())}"
+            )
+        columns.append(values.to(torch.uint8)[:, None].cpu())
+    records = torch.cat([*columns, pixels.cpu().flatten(1)], 1)
+    try:
+        path.write_bytes(records.contiguous().numpy().tobytes())
+    except OSError as error:
+        reason = (error.strerror or "error").lower()
+        raise UserError(f"{path} cannot be written: {reason}") from None
+
+
 def cifar_pickle(raw: bytes, name: str, coarse: bool | None) -> Pool:
     """A batch of the official Python version, read by an unpickler that admits arrays only."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from limbeck.data import formats
+from limbeck.data import cifar, formats
 from limbeck.data.data import Data, ResidentImages, Split
 from limbeck.data.folder import read_folder
 from limbeck.data.images import decode
@@ -22,7 +22,6 @@ KINDS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "p
 _FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot"
 _FINE_NAMES = ("classes.txt", "batches.meta.txt", "fine_label_names.txt")
 _COARSE_NAMES = ("coarse_classes.txt", "coarse_label_names.txt")
-_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
 def load(
@@ -150,7 +149,7 @@ def _sniff(path: Path) -> str:
     if any(n.endswith(".parquet") for n in names):
         if classes and len(classes) == 100 and "aquarium_fish" in classes:
             return "cifar100"
-        return "cifar10" if classes == tuple(_CIFAR10.split()) else "parquet"
+        return "cifar10" if classes == cifar.CIFAR10 else "parquet"
     if "cifar-100" in text or {"train.bin", "test.bin"} <= set(names) or "fine_label" in text:
         return "cifar100"
     if {"meta", "train", "test"} <= set(names) and (path / "meta").is_file():
@@ -289,16 +288,21 @@ def _idx(names: str) -> Callable[[Path | None, tuple[int, int] | None, str | Non
 def _cifar(kind: str) -> Callable[[Path | None, tuple[int, int] | None, str | None], _Pools]:
     def read(path: Path | None, size: tuple[int, int] | None, label: str | None) -> _Pools:
         folder = _existing(path, kind) if path else _downloaded(kind)
-        if folder.suffix == ".parquet" or (folder.is_dir() and any(folder.glob("*.parquet"))):
-            return _parquet(folder, size, label)
         kinds = ("fine", "coarse") if kind == "cifar100" else ()
         wanted = (label or "").removesuffix("_label")
+        official = cifar.CIFAR10 if not kinds else cifar.FINE
+        official = cifar.COARSE if wanted == "coarse" else official
+        if folder.suffix == ".parquet" or (folder.is_dir() and any(folder.glob("*.parquet"))):
+            found = _parquet(folder, size, label)
+            found.classes = found.classes or official
+            return found
         if wanted and wanted not in kinds:
             known = f"{' and '.join(kinds)} labels" if kinds else "one kind of label"
             raise UserError(f"{folder} has {known} and no {label!r}")
         coarse = wanted == "coarse" if kinds else None
         versions = set()
         parts: dict[str, list[formats.Pool]] = {"train": [], "test": []}
+        notes: list[str] = []
         for name, raw in formats.members(folder):
             file = Path(name).name
             if not re.fullmatch(r"(data_batch\w*|test_batch|train|test)(\.bin)?", file):
@@ -306,7 +310,10 @@ def _cifar(kind: str) -> Callable[[Path | None, tuple[int, int] | None, str | No
             versions.add(file.endswith(".bin"))
             decoder = formats.cifar_binary if file.endswith(".bin") else formats.cifar_pickle
             split = "test" if file.startswith("test") else "train"
-            parts[split].append(decoder(raw, name, coarse))
+            pool = decoder(raw, name, coarse)
+            parts[split].append(pool)
+            if cifar.altered(file, len(pool[0]), raw):
+                notes.append(f"{file} is not the official file: its MD5 differs")
         if len(versions) > 1:
             raise UserError(f"{folder} holds both the binary and the Python version; name one")
         pools = {split: _joined(found, size) for split, found in parts.items() if found}
@@ -314,11 +321,13 @@ def _cifar(kind: str) -> Callable[[Path | None, tuple[int, int] | None, str | No
             raise UserError(
                 f"{folder} holds no {kind} in the binary version, the Python version or Parquet"
             )
-        classes = _class_file(folder, _COARSE_NAMES if coarse else _FINE_NAMES)
-        if not classes:
-            numbers = [str(number) for number in range(20 if coarse else 100)]
-            classes = tuple(_CIFAR10.split() if kind == "cifar10" else numbers)
-        return _Pools.of(pools, classes)
+        images = sum(len(pixels) for pixels, _ in pools.values())
+        if folder.name.endswith(".tar.gz") and cifar.altered(folder.name, images, folder):
+            notes.append(f"{folder.name} is not the official archive: its MD5 differs")
+        classes = _class_file(folder, _COARSE_NAMES if coarse else _FINE_NAMES) or official
+        found = _Pools.of(pools, classes)
+        found.notes += notes
+        return found
 
     return read
 
