@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 byte by byte, their names, and whether official files are what they say."""
+"""CIFAR-10 and CIFAR-100 byte by byte, their names, and their official files' checksums."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_names_and_superclasses_are_those_of_the_real_set(
     real_data: Callable[[str], Path],
 ) -> None:
     folder = real_data("cifar100")
-    assert cifar.FINE == tuple((folder / "classes.txt").read_text().split())
-    assert cifar.COARSE == tuple((folder / "coarse_classes.txt").read_text().split())
+    assert tuple((folder / "classes.txt").read_text().split()) == cifar.FINE
+    assert tuple((folder / "coarse_classes.txt").read_text().split()) == cifar.COARSE
     table = pq.read_table(folder / "test.parquet", columns=["fine_label", "coarse_label"])
     fine, coarse = (torch.tensor(column.to_pylist()) for column in table.columns)
     assert torch.equal(cifar.coarse_labels(fine), coarse)
     ten = real_data("cifar10")
-    assert cifar.CIFAR10 == tuple((ten / "classes.txt").read_text().split())
+    assert tuple((ten / "classes.txt").read_text().split()) == cifar.CIFAR10
 
 
 @pytest.mark.parametrize("hundred", [False, True])
@@ -107,7 +107,11 @@ def test_reading_what_was_written_is_the_identity(tmp_path: Path, number: int) -
     if not number:
         assert first == second == b""
         return
-    for raw, which, labels in ((first, None, ten), (second, False, hundred), (second, True, coarse)):
+    for raw, which, labels in (
+        (first, None, ten),
+        (second, False, hundred),
+        (second, True, coarse),
+    ):
         read, found = cifar_binary(raw, file.name, which)
         assert torch.equal(read, pixels)
         assert found is not None

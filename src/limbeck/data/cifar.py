@@ -13,10 +13,15 @@ from torch import Tensor
 
 from limbeck.errors import UserError
 
-CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+CIFAR10 = _words("airplane automobile bird cat deer dog frog horse ship truck")
 """The class names of CIFAR-10 by label."""
 
-FINE = tuple(
+FINE = _words(
     """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle
     bowl boy bridge bus butterfly camel can castle caterpillar cattle
     chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
@@ -26,27 +31,29 @@ FINE = tuple(
     plain plate poppy porcupine possum rabbit raccoon ray road rocket
     rose sea seal shark shrew skunk skyscraper snail snake spider
     squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-    train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 )
 """The class names of CIFAR-100 by fine label."""
 
-COARSE = tuple(
+COARSE = _words(
     """aquatic_mammals fish flowers food_containers fruit_and_vegetables
     household_electrical_devices household_furniture insects large_carnivores
     large_man-made_outdoor_things large_natural_outdoor_scenes large_omnivores_and_herbivores
     medium_mammals non-insect_invertebrates people reptiles small_mammals trees
-    vehicles_1 vehicles_2""".split()
+    vehicles_1 vehicles_2"""
 )
 """The superclass names of CIFAR-100 by coarse label."""
 
 FINE_TO_COARSE = tuple(
     int(number)
-    for number in """
+    for number in _words(
+        """
     4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11
     6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5
     5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17
     10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 15 13
-    16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13""".split()
+    16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"""
+    )
 )
 """The coarse label of each fine one; each occurs five times."""
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -31,12 +32,14 @@ from limbeck.training.method import Phases, Supervised
 from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Journal, Solve, Training, Update
 from limbeck.training.seeding import derive
-from limbeck.training.task import Batch, Terms
+from limbeck.training.task import Answer, Batch, Terms
 
 MOST = 64 * 64 * 3
 """The most numbers in an image: ZCA decomposes a matrix of so many rows and columns."""
 NOTHING = 1e-6
 """A component whose variance is this share of the largest is rounding: nothing to divide by."""
+REMEMBERED = 2**30
+"""The most bytes of whitened images, or of features, that are kept rather than made again."""
 WATCHED = 512
 """So many images are reconstructed after every epoch to see how well that goes."""
 
@@ -88,9 +91,7 @@ class ZCA(nn.Module):
         self.register_buffer("eps", torch.zeros(()))
 
     @torch.no_grad()
-    def fit(
-        self, samples: Tensor | Iterable[Tensor], dropped: int = 0, eps: float = 0.0
-    ) -> ZCA:
+    def fit(self, samples: Tensor | Iterable[Tensor], dropped: int = 0, eps: float = 0.0) -> ZCA:
         """Learn the components of these samples.
 
         Args:
@@ -139,12 +140,12 @@ class ZCA(nn.Module):
     @property
     def whitening(self) -> Tensor:
         """W, (d, d), symmetric."""
-        return self._scaled(torch.eye(len(self.mean), device=self.mean.device), -0.5)
+        return self._scaled(torch.eye(len(self.mean)).to(self.mean), -0.5)
 
     @property
     def dewhitening(self) -> Tensor:
         """The inverse of W on the components that are kept, (d, d), symmetric."""
-        return self._scaled(torch.eye(len(self.mean), device=self.mean.device), 0.5)
+        return self._scaled(torch.eye(len(self.mean)).to(self.mean), 0.5)
 
     @property
     def kept(self) -> int:
@@ -268,8 +269,8 @@ class GaussianBernoulliRBM(BernoulliRBM):
         E = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_j c_j h_j
         - \sum_{ij} \frac{v_i}{\sigma_i} h_j w_{ij}
 
-    so that :math:`P(h_j = 1 | v) = \mathrm{sigmoid}(c_j + \sum_i w_{ij} v_i / \sigma_i)` and v given
-    h has the mean :math:`b_i + \sigma_i \sum_j w_{ij} h_j` and the deviation :math:`\sigma_i`.
+    so that :math:`P(h_j = 1 | v) = \mathrm{sigmoid}(c_j + \sum_i w_{ij} v_i / \sigma_i)` and v
+    given h has the mean :math:`b_i + \sigma_i \sum_j w_{ij} h_j` and the deviation :math:`\sigma_i`.
 
     Args:
         visible, hidden, copies: as of :class:`BernoulliRBM`.
@@ -380,7 +381,7 @@ class DBN(nn.Module):
 
     def __init__(self, *rbms: BernoulliRBM) -> None:
         super().__init__()
-        for number, (below, above) in enumerate(zip(rbms, rbms[1:], strict=False), start=2):
+        for number, (below, above) in enumerate(pairwise(rbms), start=2):
             if below.weight.shape[-1] != above.weight.shape[-2]:
                 raise UserError(
                     f"machine {number} of the stack has {above.weight.shape[-2]} visible units, "
@@ -540,7 +541,7 @@ def merge_patch_rbms(bank: PatchRBM, sigma: float | Tensor = 1.0) -> GaussianBer
     n, p = rbm.weight.shape[-1], layout.patch
     shape = (layout.channels, *layout.size)
     merged = GaussianBernoulliRBM(math.prod(shape), layout.machines * n, sigma=sigma)
-    merged.to(rbm.weight.device)
+    merged.to(rbm.weight)
     per_pixel = (rbm.weight / rbm.sigma[..., None]).view(-1, layout.channels, p, p, n)
     bias = rbm.visible_bias.view(-1, layout.channels, p, p)
     weight = per_pixel.new_zeros(layout.machines, n, *shape)
@@ -639,6 +640,41 @@ def network(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn
 # The report's way to features
 
 
+class Remembered:
+    """What a frozen part of a network says of the training images, made once where that is exact.
+
+    That is so where images are not augmented and all answers fit into memory. They are made in the
+    split's own order, so that a resumed run has the same bits.
+
+    Args:
+        answer: (B, d), of a batch.
+        batches: all training images once, in order.
+        width: d.
+    """
+
+    def __init__(
+        self, answer: Callable[[Batch], Tensor], batches: Callable[[], Iterable[Batch]], width: int
+    ) -> None:
+        self.answer = answer
+        self._batches = batches
+        self._width = width
+        self._table: Tensor | None = None
+        self._place: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """The answer to a training batch, (B, d)."""
+        view = batch.get("view")
+        if view is None or view.of > 1 or 4 * view.samples * self._width > REMEMBERED:
+            return self.answer(batch)
+        if self._table is None or self._place is None:
+            answers, rows = zip(*((self.answer(b), b["row"]) for b in self._batches()), strict=True)
+            self._table = torch.cat(answers)
+            self._place = torch.zeros(view.rows, dtype=torch.int64)
+            self._place[torch.cat(rows).cpu()] = torch.arange(len(self._table))
+        return self._table[self._place[batch["row"].cpu()].to(self._table.device)]
+
+
 class TinyImages(Supervised):
     """Features of images without labels, then a classifier on them, beside its rival.
 
@@ -657,6 +693,8 @@ class TinyImages(Supervised):
         batch_size, momentum, weight_decay: of both.
         fine_tune: train the machine's weights by labels too; ``None``: as the network's name says.
     """
+
+    tasks = ("classification",)
 
     def __init__(
         self,
@@ -684,14 +722,13 @@ class TinyImages(Supervised):
         self.steps, self.noise = steps, noise
         self.hidden_bias = hidden_bias
         self.fine_tune = fine_tune
-        shared = {
-            "batch_size": batch_size,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "decay": "kernels",
-        }
-        self.patch_training = Training(epochs=patch_epochs, lr=patch_lr, **shared)
-        self.merged_training = Training(epochs=merged_epochs, lr=merged_lr, **shared)
+        shared = Training(
+            batch_size=batch_size, momentum=momentum, weight_decay=weight_decay, decay="kernels"
+        )
+        self.patch_training, self.merged_training = (
+            shared.model_copy(update={"epochs": epochs, "lr": lr})
+            for epochs, lr in ((patch_epochs, patch_lr), (merged_epochs, merged_lr))
+        )
         self._banks: dict[int, PatchRBM] = {}
         self._layout: Layout | None = None
 
@@ -731,11 +768,14 @@ class TinyImages(Supervised):
             f"whiten: {zca.kept:,} of {len(zca.mean):,} components kept; those dropped hold "
             f"{found['lost']:.2%} of the variance"
         )
+        whitened = _remembered(bench, lambda batch: zca(_fed(reader, batch)), len(zca.mean))
         for seed in bench.seeds:
             yield from bench.plain(seed)
-            yield from self._learn(bench, seed, zca, layout)
+            yield from self._learn(bench, seed, zca, layout, whitened)
 
-    def _learn(self, bench: Bench, seed: int, zca: ZCA, layout: Layout) -> Phases:
+    def _learn(
+        self, bench: Bench, seed: int, zca: ZCA, layout: Layout, whitened: Remembered
+    ) -> Phases:
         """Patches, the merged machine, the classifier."""
         student = bench.student(seed)
         model = _features_of(student)
@@ -749,7 +789,7 @@ class TinyImages(Supervised):
         nn.init.constant_(bank.rbm.hidden_bias, self.hidden_bias)
 
         yield self._divergence(
-            bench, "patches", seed, student, self.patch_training, bank.rbm, layout.cut
+            bench, "patches", seed, self.patch_training, bank.rbm, whitened, layout.cut
         )
 
         def merge(_: Journal) -> None:
@@ -760,39 +800,38 @@ class TinyImages(Supervised):
         yield Solve(name=bench.label("merge", seed), run=merge, writes={"rbm": model.rbm})
         model.rbm.requires_grad_(True)
         yield self._divergence(
-            bench, "merged", seed, student, self.merged_training, model.rbm, _as_it_is
+            bench, "merged", seed, self.merged_training, model.rbm, whitened, _as_it_is
         )
-        model.rbm.requires_grad_(model.tuned if self.fine_tune is None else self.fine_tune)
-        yield bench.fit(bench.label("student", seed), student, bench.training, seed=seed)
+        tuned = model.tuned if self.fine_tune is None else self.fine_tune
+        model.rbm.requires_grad_(tuned)
+        fit = bench.fit(bench.label("student", seed), student, bench.training, seed=seed)
+        if not tuned:
+            fit.updates = [replace(fit.updates[0], terms=_on_features(bench, model, whitened))]
+        yield fit
 
     def _divergence(
         self,
         bench: Bench,
         name: str,
         seed: int,
-        student: Network,
         training: Training,
         rbm: GaussianBernoulliRBM,
+        whitened: Remembered,
         cut: Callable[[Tensor], Tensor],
     ) -> Fit:
         """Contrastive divergence over the images, as a student's phase before it sees labels."""
-        zca = _features_of(student).zca
         split = bench.validation if len(bench.validation) else bench.transfer
         watched: list[Tensor] = []
 
-        @torch.no_grad()
-        def see(batch: Batch) -> Tensor:
-            return cut(zca(_fed(student, batch)))
-
         def terms(batch: Batch) -> Terms:
-            return {"divergence": contrastive_divergence(rbm, see(batch), self.steps, self.noise)}
+            v = cut(whitened(batch))
+            return {"divergence": contrastive_divergence(rbm, v, self.steps, self.noise)}
 
         @torch.no_grad()
         def measure() -> dict[str, float]:
             if not watched:
                 batches = bench.task.batches(split, batch_size=WATCHED).epoch(0)
-                batch = {k: _moved(v, bench.device) for k, v in next(batches).items()}
-                watched.append(see(batch))
+                watched.append(cut(whitened.answer(next(batches))))
             return {"reconstruction error": reconstruction_error(rbm, watched[0])}
 
         return Fit(
@@ -837,8 +876,27 @@ def _as_it_is(images: Tensor) -> Tensor:
     return images
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _remembered(bench: Bench, answer: Callable[[Batch], Tensor], width: int) -> Remembered:
+    def batches() -> Iterable[Batch]:
+        return bench.task.batches(bench.transfer, batch_size=1024).epoch(0)
+
+    return Remembered(answer, batches, width)
+
+
+def _on_features(bench: Bench, model: FeatureNet, whitened: Remembered) -> Callable[[Batch], Terms]:
+    """The supervised loss of the last layer alone; what is below it does not change."""
+
+    def answer(batch: Batch) -> Tensor:
+        hidden: Tensor = model.rbm(whitened.answer(batch))
+        return hidden
+
+    features = _remembered(bench, answer, model.rbm.weight.shape[1])
+
+    def terms(batch: Batch) -> Terms:
+        answer = Answer({"logits": model.fc(features(batch))})
+        return {"labels": bench.task.loss(answer, batch)}
+
+    return terms
 
 
 def _fed(network: Network, batch: Batch) -> Tensor:
