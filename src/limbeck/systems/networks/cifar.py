@@ -270,7 +270,8 @@ class GaussianBernoulliRBM(BernoulliRBM):
         - \sum_{ij} \frac{v_i}{\sigma_i} h_j w_{ij}
 
     so that :math:`P(h_j = 1 | v) = \mathrm{sigmoid}(c_j + \sum_i w_{ij} v_i / \sigma_i)` and v
-    given h has the mean :math:`b_i + \sigma_i \sum_j w_{ij} h_j` and the deviation :math:`\sigma_i`.
+    given h has the mean :math:`b_i + \sigma_i \sum_j w_{ij} h_j` and the deviation
+    :math:`\sigma_i`.
 
     Args:
         visible, hidden, copies: as of :class:`BernoulliRBM`.
