@@ -412,7 +412,7 @@ class DBN(nn.Module):
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """The data's means given the topmost probabilities, passed down by means."""
-        h = self(v)
+        h: Tensor = self(v)
         for rbm in reversed(self.machines()):
             h = rbm.visible(h)
         return h
