@@ -18,7 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-MODULES = {"step": {1, 2}, "epoch": {3}, "growth": {4}, "vocabulary": {5}, "start": {6}}
+MODULES = {
+    "step": {1, 2},
+    "epoch": {3},
+    "growth": {4},
+    "vocabulary": {5},
+    "start": {6},
+    "lean": {7},
+}
 QUICK = {1, 2, 3, 6}
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 
@@ -51,7 +58,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="figures 1, 2, 3 and 6, fewer rounds")
-    parser.add_argument("--only", nargs="+", type=int, choices=range(1, 7), help="these figures")
+    parser.add_argument("--only", nargs="+", type=int, choices=range(1, 8), help="these figures")
     parser.add_argument("--data", metavar="cifar100:PATH", help="the images of figure 3")
     parser.add_argument("--images", type=int, help="how many of them")
     parser.add_argument("--repdistiller", type=Path, metavar="PATH", help="a checkout of it")
