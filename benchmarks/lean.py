@@ -18,7 +18,7 @@ MODEL = "densenet-bc-100-12"
 ROUNDS = 5
 
 
-def train(pace: Pace, name: str) -> None:
+def train(pace: Pace, network: str) -> None:
     """Steps on the same 64 random images, channels last; each is a stretch.
 
     What is told is the loss and the memory that was in use before the first step, when weights,
@@ -26,7 +26,7 @@ def train(pace: Pace, name: str) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = make(name, CLASSES, 3, (32, 32)).to(device, memory_format=torch.channels_last)
+    model = make(network, CLASSES, 3, (32, 32)).to(device, memory_format=torch.channels_last)
     pixels, labels = (part.to(device) for part in random_images(BATCH))
     images = (pixels / 255 - 0.5).contiguous(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(
@@ -52,7 +52,7 @@ def measure(options: Options) -> list[Figure]:
     """Time and additional memory of the lean form over those of the normal one."""
     with tempfile.TemporaryDirectory() as place, Arena(Path(place)) as arena:
         for kind, name in (("lean", f"{MODEL}-lean"), ("normal", MODEL)):
-            arena.enter(kind, "lean:train", name=name)
+            arena.enter(kind, "lean:train", network=name)
         arena.rounds(ROUNDS)
     time = f"time of a step, {MODEL}, lean over normal"
     figures = [compare(arena, 7, time, "lean", "normal")]
