@@ -111,21 +111,25 @@ class DenseLayer(nn.Module):
 
 
 class _StatisticsKept(AbstractContextManager[None]):
-    """Lets copies of the running statistics have what the same batch would add a second time.
+    """Puts a batch norm back into the mode of its first pass, with copies of its running
+    statistics to have what the same batch would add a second time.
 
     It can be entered again: whoever goes backward through a pass twice makes the maps twice.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         self.norm = norm
-        self.kept = dict(norm.named_buffers())
+        self.buffers = dict(norm.named_buffers())
+        self.mode = self.mode_now = norm.training
 
     def __enter__(self) -> None:
-        for name, buffer in self.kept.items():
+        self.mode_now, self.norm.training = self.norm.training, self.mode
+        for name, buffer in self.buffers.items():
             setattr(self.norm, name, buffer.clone())
 
     def __exit__(self, *_: object) -> None:
-        for name, buffer in self.kept.items():
+        self.norm.training = self.mode_now
+        for name, buffer in self.buffers.items():
             setattr(self.norm, name, buffer)
 
 
