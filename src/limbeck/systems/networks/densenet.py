@@ -87,7 +87,9 @@ class DenseLayer(nn.Module):
 
     def forward(self, *earlier: Tensor) -> Tensor:
         """Maps (B, C_i, H, W) whose channels add up to ``inputs`` -> (B, growth, H, W)."""
-        if self.lean and self.training and torch.is_grad_enabled():
+        again = self.lean and self.training and torch.is_grad_enabled()
+        # A compiler chooses for itself what is kept, and cannot follow the second pass.
+        if again and not torch.compiler.is_compiling():
             x: Tensor = checkpoint(
                 self._squeezed,
                 *earlier,
