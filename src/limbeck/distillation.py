@@ -20,9 +20,10 @@ from limbeck import __version__
 from limbeck import data as sources
 from limbeck.data.data import Data
 from limbeck.errors import UserError
-from limbeck.models import Input, build, load, profile, save, weights_given
+from limbeck.models import Input, build, described, load, profile, save, weights_given
 from limbeck.recipes import ModelPart, Recipe, Transfer, validate
 from limbeck.systems.classification.kd import KD
+from limbeck.tasks.attributes import Attributes
 from limbeck.tasks.classification import Classification
 from limbeck.training import distiller
 from limbeck.training.bench import Bench, Candidate, Rival
@@ -36,6 +37,12 @@ from limbeck.training.run import FINDINGS, RESULT, Run
 from limbeck.training.task import Batch, Task, model_output
 from limbeck.training.teacher import Teacher
 from limbeck.training.trainer import Trainer
+
+TASKS: Mapping[str, type[Classification]] = {
+    "classification": Classification,
+    "attributes": Attributes,
+}
+"""The tasks that a recipe can name."""
 
 
 @dataclass(frozen=True)
@@ -257,13 +264,14 @@ def measure(model: str, data: str, split: str = "test") -> dict[str, float]:
 def recognise(model: str, images: Sequence[Path], top: int = 3) -> list[dict[str, Any]]:
     """What a network, by name or run folder, sees in image files: its most probable classes."""
     network = load(_stored(model))
+    kind = TASKS[described(_stored(model)).get("task", Classification.name)]
     if not network.classes or not isinstance(network.input, Input):
         raise UserError(f"{model} does not say which classes it knows and what it is fed")
     view = torch.stack(
         [sources.read_image(p, network.input.channels, network.input.size) for p in images]
     )
     with torch.no_grad():
-        probabilities = model_output(network.eval()(view.float() / 255)).softmax(-1)
+        probabilities = kind.probabilities(model_output(network.eval()(view.float() / 255)))
     best = probabilities.topk(min(top, len(network.classes)))
     return [
         {
@@ -331,16 +339,21 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
         )
     own = Input(data.channels, data.size, data.mean, data.std)
 
+    special: dict[str, Any] = {"attributes": part.attributes} if part.attributes else {}
+
     def task(augment: Any = None) -> Classification:
         workers = recipe.engine.readers()
-        return Classification(data.classes, augment or part.augment, workers, device)
+        kind = TASKS[recipe.task]
+        return kind(data.classes, augment or part.augment, workers, device, **special)
+
+    outputs = task().outputs
 
     def make_student(seed: int) -> Network:
-        return build(recipe.student.model, data.classes, own, seed=seed)
+        return build(recipe.student.model, outputs, own, seed=seed)
 
     candidates = []
     for number, teacher in enumerate(recipe.teachers):
-        network = build(teacher.model, data.classes, own, seed=recipe.seed + number)
+        network = build(teacher.model, outputs, own, seed=recipe.seed + number)
         training = None if ready(teacher.model) else teacher.training
         own_task = None if teacher.augment is None else task(teacher.augment)
         candidates.append(Candidate(network, training, own_task))
@@ -349,7 +362,7 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     if isinstance(other := recipe.baseline, ModelPart):
 
         def make_rival(seed: int) -> Network:
-            return build(other.model, data.classes, own, seed=seed)
+            return build(other.model, outputs, own, seed=seed)
 
         own_task = None if other.augment is None else task(other.augment)
         rival = Rival(make_rival, other.training, own_task)
@@ -527,7 +540,8 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
     for role, group in shown.items():
         for number, network in enumerate(group):
             name = role if len(group) == 1 else f"{role}-{number + 1}"
-            save(network, run.path / name, {"data": job.facts["data"], "view": list(job.view)})
+            facts = {"data": job.facts["data"], "view": list(job.view), "task": task.name}
+            save(network, run.path / name, facts)
     task.record(networks, bench.test, run.path)
     findings = job.method.findings(bench, run.metrics())
     run.write_json(FINDINGS, {"findings": [found.as_json() for found in findings]})

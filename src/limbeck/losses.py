@@ -9,8 +9,11 @@ from limbeck.systems.classification.kd import (
     soften,
 )
 from limbeck.systems.classification.nst import nst
+from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 
 __all__ = [
+    "attribute_distillation",
+    "embedding_distillation",
     "ensemble_targets",
     "factor_transfer",
     "kd",

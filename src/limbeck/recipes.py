@@ -48,6 +48,11 @@ class DataPart(_Part):
         description="share of the training samples that have labels; below 1 students learn from "
         "all of them without",
     )
+    attributes: dict[str, tuple[int | str, ...]] = Field(
+        default_factory=dict,
+        description="the classes, by name or number, that have each attribute; of the task "
+        "attributes",
+    )
     augment: Augment = Augment()
     unlabelled: str | None = Field(default=None, description="source of the students' images")
     transfer: Transfer = Transfer()
@@ -67,7 +72,7 @@ class Recipe(_Part):
 
     system: str
     preset: str = ""
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "attributes"] = "classification"
     data: DataPart
     teachers: tuple[ModelPart, ...] = ()
     mean: Literal["probabilities", "logits"] = "probabilities"
@@ -285,6 +290,11 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(_shared_method(_with_list(values)))
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
+    if (recipe.task == "attributes") != bool(recipe.data.attributes):
+        raise UserError(
+            "the task attributes and the recipe key data.attributes go together, and one of them "
+            "is missing: say task: attributes, and data.attributes: {NAME: [CLASS, ...], ...}"
+        )
     recipe.method()
     return recipe
 

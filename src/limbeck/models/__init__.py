@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 # Bound here and not on first use: importing the module ``limbeck.models.build`` afterwards would
 # otherwise put the module in the function's place. Neither imports torch.
-from limbeck.models.build import build, load, save, weights_given
+from limbeck.models.build import build, described, load, save, weights_given
 from limbeck.models.profile import Profile, profile
 
 if TYPE_CHECKING:
     from limbeck.models.input import Input
     from limbeck.training.network import Network
 
-__all__ = ["Input", "Network", "Profile", "build", "load", "profile", "save", "weights_given"]
+__all__ = [
+    "Input",
+    "Network",
+    "Profile",
+    "build",
+    "described",
+    "load",
+    "profile",
+    "save",
+    "weights_given",
+]
 
 _HOMES = {"Input": "limbeck.models.input", "Network": "limbeck.training.network"}
 

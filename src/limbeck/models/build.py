@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from limbeck.models.input import Input
     from limbeck.training.network import Network
 
-__all__ = ["build", "load", "save", "weights_given"]
+__all__ = ["build", "described", "load", "save", "weights_given"]
 
 
 def build(spec: str, classes: Sequence[str], input: Input, seed: int | None = None) -> Network:
@@ -116,6 +116,16 @@ def load(path: Path) -> Network:
         UserError: a file is missing or damaged, or the network was not built by name.
     """
     return _load(path, (), "")
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What :func:`save` wrote beside a network's weights, by the network's path.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
+    return _facts(_files(stem)[1])
 
 
 def _load(path: Path, classes: Sequence[str], other: str) -> Network:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.report import classification, findings
+from limbeck.report import attributes, classification, findings
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -33,7 +33,10 @@ from limbeck.training.run import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SECTIONS: dict[str, Callable[[Run], list[Section]]] = {"classification": classification.sections}
+SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
+    "attributes": attributes.sections,
+    "classification": classification.sections,
+}
 
 REPORT = "report.html"
 _MOST_PANELS, _MOST_POINTS = 24, 300

@@ -18,7 +18,7 @@ from limbeck.data.data import Split
 from limbeck.errors import UserError
 from limbeck.training.network import Network
 from limbeck.training.taps import Taps
-from limbeck.training.task import Answer, Batch, Task, model_output
+from limbeck.training.task import Answer, Batch, Batches, Task, model_output
 from limbeck.training.teacher import Teacher
 
 
@@ -49,6 +49,11 @@ class Classification(Task):
         self.workers = workers
         self.device = device or torch.device("cpu")
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What a network's outputs stand for, in order."""
+        return self.classes
+
     def batches(
         self,
         split: Split | DataLoader[Any],
@@ -56,7 +61,7 @@ class Classification(Task):
         batch_size: int,
         seed: int = 0,
         train: bool = False,
-    ) -> ImageBatches | LoaderBatches:
+    ) -> Batches:
         """Batches of a split; a data loader keeps its own batch size, order and augmentation."""
         if isinstance(split, DataLoader):
             return LoaderBatches(split, seed)
@@ -81,11 +86,7 @@ class Classification(Task):
 
         Mixed batches hold ``partner_label`` (B,) and ``mix`` (B,), the share of ``label``.
         """
-        if "label" not in batch:
-            raise UserError(
-                "the data has no labels, which the supervised loss needs; set the method's label "
-                "weight to 0, or give a labelled set"
-            )
+        self.check_labelled(batch)
         logits = answer["logits"].float()
         if "mix" not in batch:
             return F.cross_entropy(logits, batch["label"])
@@ -93,6 +94,14 @@ class Classification(Task):
         partner = F.cross_entropy(logits, batch["partner_label"], reduction="none")
         mix: Tensor = batch["mix"]
         return (mix * own + (1 - mix) * partner).mean()
+
+    def check_labelled(self, batch: Batch) -> None:
+        """Raise a :class:`UserError` where a batch lacks what the supervised loss needs."""
+        if not self.labelled(batch):
+            raise UserError(
+                "the data has no labels, which the supervised loss needs; set the method's label "
+                "weight to 0, or give a labelled set"
+            )
 
     def combine(
         self,
@@ -111,6 +120,11 @@ class Classification(Task):
             return Answer({"logits": (shares * stacked).sum(0)})
         logits = torch.logsumexp(stacked.log_softmax(-1) + shares.log(), 0)
         return Answer({"logits": logits}, members=tuple(answers), weights=weights)
+
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """What logits (N, C) say in probabilities."""
+        return logits.softmax(-1)
 
     @torch.no_grad()
     def predict(
@@ -182,7 +196,7 @@ class Classification(Task):
         for name, network in networks.items():
             logits, tensors["labels"] = self.predict(network, split)
             answers.append(logits.argmax(1))
-            tensors[f"probabilities.{name}"] = logits.softmax(1).half()
+            tensors[f"probabilities.{name}"] = self.probabilities(logits).half()
         if isinstance(split, Split):
             tensors["rows"] = split.rows
             votes = torch.stack(answers)

@@ -1,1 +1,1 @@
-"""Systems that are networks: what a teacher or a student is built of."""
+"""Networks that papers brought, and the methods that came with them."""
