@@ -274,8 +274,9 @@ def test_the_best_state_on_validation_data_is_kept_when_asked(tmp_path):
     assert heard == [{2: run.path / "phases" / "000-fit.epoch-2"}]
 
 
-def test_the_first_batch_is_audited_and_nothing_is_changed_by_it(tmp_path):
-    _, run = train(tmp_path)
+@pytest.mark.parametrize("optimiser", ["sgd", "adam", "adamw", "rmsprop"])
+def test_the_first_batch_is_audited_and_nothing_is_changed_by_it(tmp_path, optimiser):
+    _, run = train(tmp_path, optimiser=optimiser)
     audit = run.metrics()[0]["audit"]
     assert audit["gradient_share"] == {"labels": 1.0}
     assert audit["bytes"]["activations"] > 0
