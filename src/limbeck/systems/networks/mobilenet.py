@@ -300,7 +300,7 @@ def verification(embeddings: Tensor, labels: Tensor, rates: Sequence[float]) -> 
         UserError: no two samples are of one class, or none are of two.
 
     >>> corners = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.9]])
-    >>> verification(corners, torch.tensor([0, 0, 1, 1]), [0.0, 0.25])
+    >>> verification(corners, torch.tensor([0, 0, 1, 1]), [0.0, 0.5])
     [0.5, 1.0]
     """
     units = F.normalize(embeddings.double(), dim=1)
