@@ -201,7 +201,8 @@ def distill(
         **splits,
     )
     chosen = method or KD()
-    facts = {"system": type(chosen).__name__.lower(), "preset": "", **facts}
+    named = {"names": dict(chosen.roles)} if chosen.roles else {}
+    facts = {"system": type(chosen).__name__.lower(), "preset": "", **named, **facts}
     job = _Job(chosen, bench, engine, facts, view)
     if resume:
         if out is None:
@@ -209,7 +210,10 @@ def distill(
         run = _carry_out(job, Run.open(Path(out)))
     else:
         run = _begin(job, Path(out) if out else None, {"system": facts["system"], "seed": seed})
-    fresh.load_state_dict(bench.students[seed].state_dict())
+    trained = bench.students[seed]
+    if type(trained.model) is not type(fresh.model):  # the method delivers a make of its own
+        return Distilled(trained.model, run, run.result())
+    fresh.load_state_dict(trained.state_dict())
     return Distilled(fresh.model, run, run.result())
 
 
@@ -338,6 +342,7 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
             f"students from {len(transfer):,}"
         )
     own = Input(data.channels, data.size, data.mean, data.std)
+    method = recipe.method()
 
     special: dict[str, Any] = {"attributes": part.attributes} if part.attributes else {}
 
@@ -388,10 +393,10 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     facts = {
         "system": recipe.system,
         "preset": recipe.preset,
-        "names": recipe.names(),
+        "names": {**method.roles, **recipe.names()},
         **_facts(data),
     }
-    return _Job(recipe.method(), bench, recipe.engine, facts, (data.channels, *data.size))
+    return _Job(method, bench, recipe.engine, facts, (data.channels, *data.size))
 
 
 def _laid_out(

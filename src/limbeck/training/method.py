@@ -37,7 +37,8 @@ class Method(nn.Module):
     are checked, from a recipe and from Python alike. ``label_weight`` is the weight of the
     supervised loss beside the method's own terms. ``tasks`` names the tasks it can eat; empty
     means any. Where :meth:`terms` reads nothing of the teacher but its features,
-    ``teacher_outputs = False`` lets the teacher stop at its last tap.
+    ``teacher_outputs = False`` lets the teacher stop at its last tap. ``roles`` says what
+    ``teacher``, ``baseline`` and ``student`` are called where a recipe does not.
     """
 
     tasks: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class Method(nn.Module):
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     teacher_outputs: bool = True
+    roles: Mapping[str, str] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
