@@ -9,7 +9,7 @@ from torch import nn
 import limbeck
 from limbeck import recipes
 from limbeck.catalogue import system
-from limbeck.data.augment import Augment
+from limbeck.data.augment import Augment, uniforms
 from limbeck.data.data import Data, ResidentImages, Split
 from limbeck.distillation import resume, start
 from limbeck.errors import UserError
@@ -306,6 +306,14 @@ def test_the_random_half_is_a_function_of_seed_sample_and_epoch():
     turned = whole.subset(torch.arange(59, -1, -1))
     again = specialist_split(turned, [0], seed=1, epoch=1)
     assert set(again.rows[10:].tolist()) == drawn[1, 1]
+
+
+def test_who_is_drawn_says_nothing_about_how_it_is_augmented():
+    whole = split(6000)
+    for seed, epoch in ((0, 0), (0, 1), (3, 0)):
+        drawn = specialist_split(whole, [0], seed, epoch).rows[1000:]
+        means = uniforms(drawn, 40, seed, epoch).mean(0)
+        assert (means - 0.5).abs().max() < 0.04
 
 
 def test_a_rest_smaller_than_the_special_half_is_shown_as_often_as_it_takes():

@@ -31,9 +31,12 @@ from limbeck.training.finding import Finding
 from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Solve
+from limbeck.training.seeding import derive
 from limbeck.training.task import Batch, Batches, model_output
 
 Classes = tuple[int, ...]
+
+_DRAWN = 1503
 
 
 def confusable_classes(
@@ -122,7 +125,8 @@ def specialist_split(split: Split, special: Sequence[int], seed: int, epoch: int
     """
     own, rest = _parted(split, special)
     if len(rest):
-        chance = uniforms(split.rows[rest], 1, seed, epoch).flatten()
+        # Of other numbers than augmentation's: else who is drawn would be cropped alike.
+        chance = uniforms(split.rows[rest], 1, derive(seed, _DRAWN), epoch).flatten()
         order = rest[chance.argsort(stable=True)]
         rest = order.repeat(-(-len(own) // len(rest)))[: len(own)]
     chosen = split.subset(torch.cat([own, rest]))
