@@ -625,7 +625,8 @@ def _who_knows_what(task: Classification, ensemble: SpecialistEnsemble) -> Findi
     return Finding(
         "What the specialists are for",
         "Classes that the generalist confuses: clusters of the columns of the covariance or "
-        "correlation matrix of its predictions. The last row has the classes that no specialist knows.",
+        "correlation matrix of its predictions. The last row has the classes that no specialist "
+        "knows.",
         table,
     )
 
