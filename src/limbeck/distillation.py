@@ -393,7 +393,7 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     facts = {
         "system": recipe.system,
         "preset": recipe.preset,
-        "names": {**method.roles, **recipe.names()},
+        "names": recipe.names(method.roles),
         **_facts(data),
     }
     return _Job(method, bench, recipe.engine, facts, (data.channels, *data.size))

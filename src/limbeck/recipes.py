@@ -87,13 +87,18 @@ class Recipe(_Part):
     select: Literal["last", "best"] = "last"
     engine: Engine = Engine()
 
-    def names(self) -> dict[str, str]:
-        """What the roles are called where the recipe says so, or compares two models."""
-        parts = {"student": self.student}
+    def names(self, roles: Mapping[str, str] | None = None) -> dict[str, str]:
+        """What the roles are called: as the recipe says, else as the method does in ``roles``.
+
+        Two models that are compared go by their names where neither has another for them.
+        """
+        said = dict(roles or {})
         if isinstance(self.baseline, ModelPart):
-            parts["baseline"] = self.baseline
-        named = {role: p.called or (p.model if len(parts) > 1 else "") for role, p in parts.items()}
-        return {role: name for role, name in named.items() if name}
+            said["baseline"] = self.baseline.called or self.baseline.model
+            said.setdefault("student", self.student.model)
+        if self.student.called:
+            said["student"] = self.student.called
+        return said
 
     def method(self) -> Method:
         """The method, or the sum of methods, that the recipe names."""

@@ -606,8 +606,18 @@ def test_the_preset_runs_from_a_recipe_and_a_finished_run_is_left_alone(tmp_path
 def test_a_rival_takes_the_generalists_place(tmp_path):
     recipe = short(["seeds=1", "baseline={model: cnn-4-8, training: {epochs: 1}, called: longer}"])
     run = start(recipe, tmp_path / "run", Voice(quiet=True))
-    assert run.result()["names"]["baseline"] == "longer"
+    names = {"baseline": "longer", "student": "generalist with specialists"}
+    assert run.result()["names"] == names
     assert any("baseline" in path.name for path in (tmp_path / "run" / "phases").iterdir())
+
+
+def test_a_recipes_names_come_before_the_methods_and_those_before_the_models():
+    rival = "baseline={model: mlp-8}"
+    assert short([]).names() == {}
+    assert short([]).names(Specialists.roles) == dict(Specialists.roles)
+    assert short([rival]).names() == {"baseline": "mlp-8", "student": "cnn-4-8"}
+    named = short([rival, "student.called=all of them"]).names(Specialists.roles)
+    assert named == {"baseline": "mlp-8", "student": "all of them"}
 
 
 def test_the_preset_for_cifar100_names_one_make_for_all():
