@@ -85,7 +85,10 @@ def _maker(
     if family in ("wrn", "mlp", "cnn") and numbers and all(map(str.isdecimal, numbers)):
         return _patterned(name, family, [int(n) for n in numbers], classes, channels, size)
     if name not in NAMES:
-        raise UserError(f"there is no network named {name!r}; {did_you_mean(name, names())}")
+        near = did_you_mean(name, names())
+        if not near.startswith("did you"):  # of all there are the general ones say most
+            near = did_you_mean(name, NAMES)
+        raise UserError(f"there is no network named {name!r}; {near}")
     if name == "resnet50-cifar":
         from limbeck.models.resnet50_cifar import SmallResNet50
 
