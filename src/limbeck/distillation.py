@@ -25,6 +25,7 @@ from limbeck.recipes import ModelPart, Recipe, Transfer, validate
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks.attributes import Attributes
 from limbeck.tasks.classification import Classification
+from limbeck.tasks.sequence import SequentialClassification
 from limbeck.training import distiller
 from limbeck.training.bench import Bench, Candidate, Rival
 from limbeck.training.cache import Cache
@@ -41,6 +42,7 @@ from limbeck.training.trainer import Trainer
 TASKS: Mapping[str, type[Classification]] = {
     "classification": Classification,
     "attributes": Attributes,
+    "sequence": SequentialClassification,
 }
 """The tasks that a recipe can name."""
 
@@ -344,7 +346,9 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     own = Input(data.channels, data.size, data.mean, data.std)
     method = recipe.method()
 
-    special: dict[str, Any] = {"attributes": part.attributes} if part.attributes else {}
+    # What a task alone needs to know lies in the data's part of the recipe, under its name.
+    own_words = getattr(part, recipe.task, None)
+    special: dict[str, Any] = {recipe.task: own_words} if own_words else {}
 
     def task(augment: Any = None) -> Classification:
         workers = recipe.engine.readers()

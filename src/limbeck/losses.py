@@ -9,6 +9,7 @@ from limbeck.systems.classification.kd import (
     soften,
 )
 from limbeck.systems.classification.nst import nst
+from limbeck.systems.continual.lwf import lwf, lwf_multilabel
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "ensemble_targets",
     "factor_transfer",
     "kd",
+    "lwf",
+    "lwf_multilabel",
     "match_logits",
     "nst",
     "soft_targets",

@@ -53,6 +53,11 @@ class DataPart(_Part):
         description="the classes, by name or number, that have each attribute; of the task "
         "attributes",
     )
+    sequence: int | tuple[tuple[int | str, ...], ...] = Field(
+        default=0,
+        description="how many tasks the classes are parted into, or the classes of each; of the "
+        "task sequence",
+    )
     augment: Augment = Augment()
     unlabelled: str | None = Field(default=None, description="source of the students' images")
     transfer: Transfer = Transfer()
@@ -72,7 +77,7 @@ class Recipe(_Part):
 
     system: str
     preset: str = ""
-    task: Literal["classification", "attributes"] = "classification"
+    task: Literal["classification", "attributes", "sequence"] = "classification"
     data: DataPart
     teachers: tuple[ModelPart, ...] = ()
     mean: Literal["probabilities", "logits"] = "probabilities"
@@ -295,11 +300,15 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(_shared_method(_with_list(values)))
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
-    if (recipe.task == "attributes") != bool(recipe.data.attributes):
-        raise UserError(
-            "the task attributes and the recipe key data.attributes go together, and one of them "
-            "is missing: say task: attributes, and data.attributes: {NAME: [CLASS, ...], ...}"
-        )
+    for task, example in (
+        ("attributes", "{NAME: [CLASS, ...], ...}"),
+        ("sequence", "2, or the classes of each task"),
+    ):
+        if (recipe.task == task) != bool(getattr(recipe.data, task)):
+            raise UserError(
+                f"the task {task} and the recipe key data.{task} go together, and one of them is "
+                f"missing: say task: {task}, and data.{task}: {example}"
+            )
     recipe.method()
     return recipe
 

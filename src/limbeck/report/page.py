@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
     "attributes": attributes.sections,
     "classification": classification.sections,
+    "sequence": classification.sections,
 }
 
 REPORT = "report.html"

@@ -1,0 +1,1 @@
+"""Systems that learn one task after another."""
