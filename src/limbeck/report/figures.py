@@ -93,11 +93,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images under a heading."""
+    """Images under a heading, as large as they are or as thumbnails."""
 
     title: str
     pictures: list[Picture]
     caption: str
+    large: bool = False
 
 
 @dataclass(frozen=True)

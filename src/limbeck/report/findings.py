@@ -42,18 +42,22 @@ def _section(number: int, found: Mapping[str, Any], called: Mapping[str, str]) -
         Picture(source=source, alt=said, lines=[("", said)], small=True)
         for said, source in found["pictures"].items()
     ]
-    title, caption = found["title"], found["caption"]
+    # Said once, below whatever comes last.
+    caption = found["caption"]
+    below_pictures, below_charts = bool(pictures), bool(panels) and not pictures
     return Section(
         anchor=f"finding{number}",
-        title=title,
+        title=found["title"],
         table=found["table"],
-        note=caption if found["table"] else "",
-        figures=[Figure(panels, caption)] if panels else [],
-        galleries=[Gallery("", pictures, caption)] if pictures else [],
+        note="" if below_pictures or below_charts else caption,
+        figures=[Figure(panels, caption if below_charts else "")] if panels else [],
+        galleries=[Gallery("", pictures, caption, large=True)] if pictures else [],
     )
 
 
 def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> Panel:
+    said = _legend(chart["lines"], called)
+
     def draw(axes: Axes) -> None:
         drawn: dict[str, int] = {}
         for name, points in chart["lines"].items():
@@ -62,19 +66,18 @@ def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> 
             drawn[colour] = drawn.get(colour, 0) + 1
             xs, ys = [x for x, _ in points], [y for _, y in points]
             mark = "o" if len(points) == 1 else None
-            axes.plot(
-                xs, ys, color=colour, linestyle=dashes, marker=mark, label=_said(name, called)
-            )
+            axes.plot(xs, ys, color=colour, linestyle=dashes, marker=mark, label=said[name])
         axes.set_title(plain(chart["title"], 40))
         axes.set_xlabel(plain(chart["x"]))
         axes.set_ylabel(plain(chart["y"]))
         axes.margins(x=0.02)
         grid(axes)
         if len(chart["lines"]) > 1:
-            axes.figure.legend(loc="outside upper left", ncols=2, handlelength=2.6)
+            columns = 3 if max(map(len, said.values())) < 12 else 1
+            axes.figure.legend(loc="outside upper left", ncols=columns, handlelength=2.6)
 
     ends = ", ".join(
-        f"{_said(name, called)} from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+        f"{said[name]} from {points[0][1]:.4g} to {points[-1][1]:.4g}"
         for name, points in chart["lines"].items()
         if points
     )
@@ -83,11 +86,17 @@ def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> 
     )
 
 
-def _said(name: str, called: Mapping[str, str]) -> str:
-    """A line's name, its role by what the role is called.
+def _legend(lines: Mapping[str, Any], called: Mapping[str, str]) -> dict[str, str]:
+    """What the lines are called: roles by their names, and left out where all are of the same.
 
-    >>> _said("student 15 %", {"student": "with batch norm"})
-    'with batch norm 15 %'
+    >>> _legend({"student 15 %": [], "student 50 %": []}, {"student": "with batch norm"})
+    {'student 15 %': '15 %', 'student 50 %': '50 %'}
+    >>> _legend({"baseline": [], "student 1": []}, {"student": "A", "baseline": "B"})
+    {'baseline': 'B', 'student 1': 'A 1'}
     """
-    role, space, rest = name.partition(" ")
-    return plain(f"{called.get(role, role)}{space}{rest}", 32)
+    parted = {name: name.partition(" ") for name in lines}
+    alone = len({role for role, _, _ in parted.values()}) == 1 < len(parted)
+    return {
+        name: plain(rest if alone and rest else f"{called.get(role, role)}{space}{rest}", 40)
+        for name, (role, space, rest) in parted.items()
+    }

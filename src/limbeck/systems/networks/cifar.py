@@ -983,7 +983,7 @@ def _whitening(zca: ZCA, layout: Layout) -> Finding:
     return Finding(
         "Whitening",
         "Each picture shows what one pixel of a whitened image is made of, a row for each colour: "
-        "the pixel in the middle, then from the top left to the bottom right. Below, how much "
+        "the pixel in the middle, then from the top left to the bottom right. Above, how much "
         "variance the principal components have.",
         table=table,
         charts=[
