@@ -72,6 +72,8 @@ def test_a_methods_own_settings_reach_every_entry_that_has_it():
     [
         (["kd", "kd"], [], "named twice"),
         (["kd", "hd"], [], "no system 'hd'"),
+        (["kd", "alexnet"], [], "alexnet takes no teacher"),
+        (["densenet"], [], "is a network and no method"),
         (["kd"], ["method.weight=1"], "say whose"),
         (["kd"], ["methods.nst.weight=1"], "not among those compared"),
         (["kd"], ["student.modell=x"], "did you mean model"),

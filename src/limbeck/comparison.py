@@ -13,15 +13,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from limbeck.catalogue import system
+from limbeck.catalogue import method_class, system
 from limbeck.errors import UserError
 from limbeck.recipes import (
     Recipe,
@@ -36,8 +35,10 @@ from limbeck.recipes import (
 from limbeck.report import leaderboard
 from limbeck.report.leaderboard import Leaderboard
 from limbeck.training.checkpoint import write_atomically
+from limbeck.training.method import Supervised
 from limbeck.training.progress import Voice
 from limbeck.training.run import RECIPE, RESULT, Run
+from limbeck.training.signals import on_signals
 
 COMPARISON, PLAIN, TUNED = "comparison.yaml", "plain", "tuned"
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -98,6 +99,12 @@ def plan(
     parts = {entry: entry.split("+") for entry in systems}
     if len(parts) < len(systems):
         raise UserError("a system is named twice; its seeds would be the same")
+    for part in (part for names in parts.values() for part in names):
+        if issubclass(method_class(part), Supervised):
+            raise UserError(
+                f"{part} takes no teacher, and what is compared here is what a teacher is worth; "
+                f"run it alone: limbeck run {part}"
+            )
     base = preset(_system(parts[systems[0]][0]), name, kind)
     shared = merged({**base, "methods": {}}, given)
     if teachers:
@@ -327,11 +334,14 @@ class _Crew:
     def work(self, tasks: Sequence[_Task], jobs: int) -> None:
         """Carry out what is not done yet, so many at once."""
         waiting = deque(task for task in tasks if not task.done.is_file())
-        with _patient(self.folder):
+        with on_signals(self._heard):
             while waiting or self.running:
                 while waiting and len(self.running) < jobs:
                     self._start(waiting.popleft(), aloud=jobs == 1)
                 self._wait()
+
+    def _heard(self, number: int) -> None:
+        raise Stopped(self.folder, number)
 
     def _start(self, task: _Task, aloud: bool) -> None:
         self.voice.say(f"\n{task.name}" if aloud else f"{task.name}: begun")
@@ -370,23 +380,3 @@ class Stopped(Exception):
     def __init__(self, folder: Path, number: int) -> None:
         super().__init__(f"stopped; continue with: limbeck resume {folder}")
         self.status = 128 + number
-
-
-@contextmanager
-def _patient(folder: Path) -> Iterator[None]:
-    """A signal stops the comparison; the processes are asked to save what they did."""
-
-    def heard(number: int, _: object) -> None:
-        raise Stopped(folder, number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, heard) for number in numbers]
-    except ValueError:  # signals can be set in the main thread only
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

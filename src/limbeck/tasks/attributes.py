@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from limbeck.data.augment import Augment
 from limbeck.data.data import Split
-from limbeck.errors import UserError, did_you_mean
-from limbeck.tasks.classification import Classification
+from limbeck.errors import UserError
+from limbeck.tasks.classification import Classification, class_number
 from limbeck.training.network import Network
 from limbeck.training.task import Answer, Batch, Batches
 from limbeck.training.teacher import Teacher
@@ -203,7 +203,7 @@ def attribute_table(
     table = torch.zeros(len(classes), len(attributes))
     for column, (name, having) in enumerate(attributes.items()):
         for which in having:
-            table[_number(which, classes, name), column] = 1
+            table[class_number(which, classes, f"the attribute {name!r}"), column] = 1
         number = int(table[:, column].sum())
         if number in (0, len(classes)):
             raise UserError(
@@ -212,22 +212,6 @@ def attribute_table(
                 "some of the classes"
             )
     return table
-
-
-def _number(which: int | str, classes: Sequence[str], attribute: str) -> int:
-    if isinstance(which, str):
-        if which not in classes:
-            raise UserError(
-                f"the attribute {attribute!r} names the class {which!r}, which the data has not; "
-                + did_you_mean(which, classes)
-            )
-        return classes.index(which)
-    if not 0 <= which < len(classes):
-        raise UserError(
-            f"the attribute {attribute!r} names class {which}, but classes run from 0 to "
-            f"{len(classes) - 1}"
-        )
-    return which
 
 
 def average_precisions(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from limbeck.data.augment import Augment
 from limbeck.data.batches import ImageBatches, LoaderBatches
 from limbeck.data.data import Split
-from limbeck.errors import UserError
+from limbeck.errors import UserError, did_you_mean
 from limbeck.training.network import Network
 from limbeck.training.taps import Taps
 from limbeck.training.task import Answer, Batch, Batches, Task, model_output
@@ -211,6 +211,27 @@ class Classification(Task):
             folder / "predictions.safetensors",
             metadata={"classes": "\n".join(self.classes)},
         )
+
+
+def class_number(which: int | str, classes: Sequence[str], who: str) -> int:
+    """The number of a class that is named or numbered; ``who`` names it, for the sentence.
+
+    >>> class_number("dog", ["cat", "dog"], "the sequence")
+    1
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if isinstance(which, str):
+        if which not in classes:
+            raise UserError(
+                f"{who} names the class {which!r}, which the data has not; "
+                + did_you_mean(which, classes)
+            )
+        return classes.index(which)
+    if not 0 <= which < len(classes):
+        raise UserError(f"{who} names class {which}, but classes run from 0 to {len(classes) - 1}")
+    return which
 
 
 def measures(logits: Tensor, labels: Tensor) -> dict[str, float]:

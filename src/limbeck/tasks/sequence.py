@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from limbeck.data.augment import Augment
 from limbeck.data.data import Split
-from limbeck.errors import UserError, did_you_mean
-from limbeck.tasks.classification import Classification
+from limbeck.errors import UserError
+from limbeck.tasks.classification import Classification, class_number
 from limbeck.training.network import Network
 from limbeck.training.teacher import Teacher
 
@@ -89,7 +89,10 @@ def parts(
             )
         found = [tuple(t.tolist()) for t in torch.arange(count).tensor_split(sequence)]
     else:
-        found = [tuple(_number(which, classes) for which in part) for part in sequence]
+        found = [
+            tuple(class_number(which, classes, "the sequence") for which in part)
+            for part in sequence
+        ]
     named = [number for part in found for number in part]
     if len(found) < 2 or min(map(len, found)) < 2:
         raise UserError("a sequence has two tasks or more, each of two classes or more")
@@ -103,18 +106,3 @@ def parts(
             "leave its samples out of the data"
         )
     return tuple(found)
-
-
-def _number(which: int | str, classes: Sequence[str]) -> int:
-    if isinstance(which, str):
-        if which not in classes:
-            raise UserError(
-                f"the sequence names the class {which!r}, which the data has not; "
-                + did_you_mean(which, classes)
-            )
-        return classes.index(which)
-    if not 0 <= which < len(classes):
-        raise UserError(
-            f"the sequence names class {which}, but classes run from 0 to {len(classes) - 1}"
-        )
-    return which

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from limbeck.training.profiling import Profile, stretch
 from limbeck.training.progress import Voice
 from limbeck.training.run import Run
 from limbeck.training.seeding import seed_all
+from limbeck.training.signals import on_signals
 from limbeck.training.task import Batch, Terms
 
 LITTLE = 8 * 2**20
@@ -207,7 +206,7 @@ class Trainer:
             self.accelerator.init_trackers("logs")
         result: Any = None
         log = 0
-        with self._listening():
+        with on_signals(self._heard):
             for index in count():
                 try:
                     phase = phases.send(result)
@@ -260,24 +259,10 @@ class Trainer:
             module.to(self.device)
         return phase.run(_Journal(self, index, phase)), time.monotonic() - begun
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        def heard(number: int, _: FrameType | None) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        try:
-            before = [signal.signal(n, heard) for n in numbers]
-        except ValueError:  # signals can be set in the main thread only
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+    def _heard(self, number: int) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
 
     def stop_if_asked(self, save: Callable[[], None]) -> None:
         """Save and leave if a signal has arrived."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from limbeck.data.data import Split
 from limbeck.errors import UserError
+from limbeck.models.head import last_linear
 from limbeck.report.verdict import mean_interval
 from limbeck.tasks.sequence import SequentialClassification
 from limbeck.training.bench import Bench
@@ -354,18 +355,14 @@ def with_heads(network: Network, parts: Sequence[Sequence[int]]) -> Network:
         UserError: it has no such layer.
     """
     classes = sum(map(len, parts))
-    found = [
-        (path, module)
-        for path, module in network.model.named_modules()
-        if path and isinstance(module, nn.Linear) and module.out_features == classes
-    ]
-    if not found:
+    found = last_linear(network.model, classes)
+    if found is None or not found[0]:
         raise UserError(
             f"{network.name or type(network.model).__name__} does not end in a linear layer with "
             f"an output for each of the {classes} classes, in place of which each task gets a head "
             "of its own; choose a network that does"
         )
-    path, last = found[-1]
+    path, last = found
     network.model.set_submodule(path, Heads(last.in_features, parts).to(last.weight))
     return network
 

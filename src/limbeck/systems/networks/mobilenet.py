@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.models.head import last_linear
 from limbeck.models.initialise import fan_out_normal
 from limbeck.report.verdict import mean_interval
 from limbeck.training.bench import Bench
@@ -427,7 +428,7 @@ class EmbeddingDistillation(Method):
                     "teacher's classifier cannot become the student's; leave that layer out, or "
                     "set classifier to false and give labels a weight"
                 )
-        one, other = _last_linear(student.model), _last_linear(teacher.model)
+        one, other = _classifier(student.model), _classifier(teacher.model)
         if one.out_features != other.out_features:
             raise UserError(
                 f"the student's last layer puts out {one.out_features} numbers, the teacher's "
@@ -526,7 +527,7 @@ class EmbeddingDistillation(Method):
 
 def hand_over(teacher: nn.Module, student: nn.Module, adapter: nn.Linear | None = None) -> None:
     """Make the teacher's last linear layer, behind an adapter if there is one, the student's."""
-    theirs, own = _last_linear(teacher), _last_linear(student)
+    theirs, own = _classifier(teacher), _classifier(student)
     with torch.no_grad():
         weight: Tensor = theirs.weight
         bias: Tensor | None = theirs.bias
@@ -539,23 +540,21 @@ def hand_over(teacher: nn.Module, student: nn.Module, adapter: nn.Linear | None 
             own.bias.copy_(torch.zeros_like(own.bias) if bias is None else bias)
 
 
-def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-
-
-def _last_linear(model: nn.Module) -> nn.Linear:
-    return _linear_layers(model)[-1][1]
+def _classifier(model: nn.Module) -> nn.Linear:
+    found = last_linear(model)
+    assert found is not None, "the rehearsal has seen to it"
+    return found[1]
 
 
 def _embedding(model: nn.Module, whose: str) -> str:
     """The tap path of what a model's last linear layer takes in."""
-    layers = _linear_layers(model)
-    if not layers or not layers[-1][0]:
+    found = last_linear(model)
+    if found is None or not found[0]:
         raise UserError(
             f"{type(model).__name__} has no linear layer whose input could be the {whose}'s "
             f"embedding; name the path of one with {whose}_layer, and set classifier to false"
         )
-    return f"{layers[-1][0]}:input"
+    return f"{found[0]}:input"
 
 
 def _said(values: Sequence[float]) -> str:

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.models.head import last_linear
 from limbeck.tasks.classification import Classification
 from limbeck.training.bench import Bench
 from limbeck.training.method import Method, Phases
@@ -269,13 +270,13 @@ class KD(Method):
 
 def _head(model: nn.Module, classes: int) -> nn.Linear:
     """The last linear layer, whose outputs are the logits."""
-    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    if not found or found[-1].bias is None:
+    found = last_linear(model, classes)
+    if found is None or found[1].bias is None:
         raise UserError(
             f"{type(model).__name__} has no last linear layer with a bias for each of the "
             f"{classes} classes, which the correction for absent classes changes"
         )
-    return found[-1]
+    return found[1]
 
 
 def _precise(logits: Tensor) -> Tensor:

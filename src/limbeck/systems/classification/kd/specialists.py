@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from limbeck.data.augment import uniforms
 from limbeck.data.data import Split
 from limbeck.errors import UserError
+from limbeck.models.head import last_linear
 from limbeck.tasks.classification import Classification
 from limbeck.training.bench import Bench
 from limbeck.training.finding import Finding
@@ -302,9 +303,7 @@ def specialist(
         UserError: no such layer.
     """
     model = copy.deepcopy(generalist).requires_grad_(True)
-    path = _head_path(model, classes)
-    head = model.get_submodule(path)
-    assert isinstance(head, nn.Linear)
+    path, head = _head(model, classes)
     chosen = torch.tensor(list(special))
     rest = torch.tensor([c for c in range(classes) if c not in set(special)])
     new = nn.Linear(head.in_features, len(special) + 1, bias=head.bias is not None).to(head.weight)
@@ -318,20 +317,16 @@ def specialist(
     return model
 
 
-def _head_path(model: nn.Module, classes: int) -> str:
-    """Where the last linear layer is, whose outputs are the logits."""
-    found: list[str] = [
-        path
-        for path, module in model.named_modules()
-        if path and isinstance(module, nn.Linear) and module.out_features == classes
-    ]
-    if not found:
+def _head(model: nn.Module, classes: int) -> tuple[str, nn.Linear]:
+    """The last linear layer, whose outputs are the logits, and its path."""
+    found = last_linear(model, classes)
+    if found is None or not found[0]:
         raise UserError(
             f"{type(model).__name__} does not end in a linear layer with an output for each of "
             f"the {classes} classes, which a specialist has another one in place of; choose a "
             "generalist that does"
         )
-    return found[-1]
+    return found
 
 
 class SpecialistEnsemble(nn.Module):
