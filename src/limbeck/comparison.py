@@ -8,6 +8,7 @@ so it can be stopped anywhere and resumed like any run, alone or with the whole 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,8 @@ def go_on(folder: Path, voice: Voice | None = None) -> Leaderboard:
         jobs = _affordable(laid, folder, voice)
         if laid.trials:
             crew.work([_tuning(folder, laid, name) for name in laid.systems], jobs)
+            for left in (folder / TUNED).glob("trial-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         crew.work([_run(folder, laid, name) for name in laid.systems], jobs)
     results = {name: Run.open(folder / name).result() for name in laid.recipes}
     found = leaderboard.rank(

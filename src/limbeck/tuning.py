@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
 
-STUDIES = "studies.db"
 SPAN = 10.0
 """A number is searched for between its preset's value over this and times this."""
 
@@ -60,7 +59,7 @@ def tune(folder: Path, name: str, trials: int) -> dict[str, Any]:
     kept = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     study = optuna.create_study(
         study_name=name,
-        storage=f"sqlite:///{folder.absolute() / TUNED / STUDIES}",
+        storage=f"sqlite:///{folder.absolute() / TUNED / name}.db",
         load_if_exists=True,
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=recipe["seed"]),
@@ -136,6 +135,7 @@ def _nested(chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _validated(folder: Path, values: Mapping[str, Any], trial: Trial) -> float:
     """The deciding metric on validation data after the last epoch, higher being better."""
+    from limbeck.comparison import TUNED
     from limbeck.distillation import trial_of
 
     # The seeds of the comparison are kept for its verdict.
@@ -150,7 +150,7 @@ def _validated(folder: Path, values: Mapping[str, Any], trial: Trial) -> float:
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    place = Path(tempfile.mkdtemp(prefix="trial-", dir=folder))
+    place = Path(tempfile.mkdtemp(prefix="trial-", dir=folder / TUNED))
     try:
         trial_of(recipe, place / "run", lambda phases: _heard(phases, heard))
     finally:
