@@ -94,6 +94,13 @@ def test_what_does_not_fit_is_found_before_anything_is_trained(command, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_that_needs_the_teachers_route_is_refused_before_the_teacher_is_trained(tmp_path):
+    laid = plan(["kd", "rco"], "smoke", "digits", {})
+    with pytest.raises(UserError, match="a finished teacher has no route"):
+        comparison.begin(laid, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_comparison_that_is_killed_goes_on_where_it_was(tmp_path, command):
     out = tmp_path / "out"
     words = ["compare", "kd", "--preset", "smoke", "--out", str(out), "--student", "mlp-8"]

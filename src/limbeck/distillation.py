@@ -94,13 +94,15 @@ def resume(path: Path, voice: Voice | None = None) -> Run:
 
 
 def rehearse(recipe: Recipe, teachers: Sequence[str]) -> None:
-    """Find out whether a recipe's parts fit together, with these models in its teachers' places.
+    """Find out whether a recipe's parts fit together, with these models as finished teachers.
 
     Raises:
         UserError: they do not.
     """
     parts = tuple(ModelPart(model=name) for name in teachers)
     job = _from_recipe(recipe.model_copy(update={"teachers": parts}), Voice(quiet=True))
+    finished = [replace(candidate, training=None) for candidate in job.bench.candidates]
+    job.bench.candidates = finished
     job.method.rehearse(job.bench)
 
 

@@ -162,8 +162,9 @@ class RCO(Method):
         most = self.anchors if isinstance(self.anchors, int) else max(self.anchors)
         if length == 1 and most > 1:
             raise UserError(
-                "a finished teacher has no route; let it be trained in this run, or name its "
-                "states in the order of time, each as a --teacher of its own"
+                "RCO: a finished teacher has no route; let it be trained in the run itself "
+                "(limbeck run rco), or name its states in the order of time, each as a --teacher "
+                "of its own"
             )
         if most > length:
             raise UserError(f"there is no anchor {most}: the teacher's route has {length} states")
