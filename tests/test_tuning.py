@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import optuna
 import pytest
 import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -57,6 +58,15 @@ def test_the_first_trial_is_the_recipes_own(folder):
         {"kd.temperature": 4.0, "kd.weight": 0.9, "kd.label_weight": 0.1}
     )
     assert found["before"] == found["after"]
+
+
+def test_the_recipes_own_values_are_tried_again_where_their_trial_was_killed(folder):
+    (folder / "tuned").mkdir()
+    storage = f"sqlite:///{folder / 'tuned' / 'kd.db'}"
+    killed = optuna.create_study(study_name="kd", storage=storage, direction="maximize")
+    killed.ask()
+    found = tune(folder, "kd", 1)
+    assert found["before"] == found["after"] > 0
 
 
 def test_without_validation_data_there_is_nothing_to_search_on(folder):

@@ -19,6 +19,7 @@ import yaml
 from limbeck.catalogue import method_class
 from limbeck.errors import UserError
 from limbeck.recipes import merged, read, validate
+from limbeck.report.leaderboard import settings
 from limbeck.training.checkpoint import write_atomically
 from limbeck.training.parameters import schema
 from limbeck.training.phases import Fit, Phase
@@ -65,7 +66,7 @@ def tune(folder: Path, name: str, trials: int) -> dict[str, Any]:
         sampler=optuna.samplers.TPESampler(seed=recipe["seed"]),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
     )
-    if not study.trials:
+    if _own(study, known) is None:
         study.enqueue_trial({key: default for key, (_, default) in known.items()})
 
     def attempt(trial: Trial) -> float:
@@ -121,7 +122,14 @@ def space(
 
 
 def _suggest(trial: Trial, key: str, how: BaseDistribution) -> Any:
-    return trial._suggest(key, how)
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(how, FloatDistribution):
+        return trial.suggest_float(key, how.low, how.high, log=how.log)
+    if isinstance(how, IntDistribution):
+        return trial.suggest_int(key, how.low, how.high)
+    assert isinstance(how, CategoricalDistribution)
+    return trial.suggest_categorical(key, how.choices)
 
 
 def _nested(chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -187,14 +195,20 @@ def _told(
     return measure
 
 
+def _own(study: Study, known: Mapping[str, tuple[BaseDistribution, Any]]) -> Any:
+    """The finished trial of the preset's own values; ``None`` where there is none yet."""
+    own = {key: default for key, (_, default) in known.items()}
+    finished = (t for t in study.trials if t.state.is_finished() and t.value is not None)
+    return next((t for t in finished if t.params == own), None)
+
+
 def _found(study: Study, known: Mapping[str, tuple[BaseDistribution, Any]]) -> dict[str, Any]:
     """The best trial's parameters, what it measured, and what the preset's own values did."""
-    trials = study.trials
-    first = next(t for t in trials if t.params == {k: v for k, (_, v) in known.items()})
+    trials, first = study.trials, _own(study, known)
     return {
         "methods": _nested(study.best_params),
         "found": dict(study.best_params),
-        "before": first.value,
+        "before": None if first is None else first.value,
         "after": study.best_value,
         "trials": sum(t.state.is_finished() for t in trials),
         "pruned": sum(t.state.name == "PRUNED" for t in trials),
@@ -204,11 +218,10 @@ def _found(study: Study, known: Mapping[str, tuple[BaseDistribution, Any]]) -> d
 def _speak(trials: int) -> Callable[[Study, Any], None]:
     def speak(study: Study, trial: Any) -> None:
         value = "given up" if trial.value is None else f"{trial.value:.4f}"
-        chosen = ", ".join(
-            f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}"
-            for k, v in trial.params.items()
+        print(
+            f"trial {trial.number + 1} of {trials}: {value} with {settings(trial.params)}",
+            flush=True,
         )
-        print(f"trial {trial.number + 1} of {trials}: {value} with {chosen}", flush=True)
 
     return speak
 

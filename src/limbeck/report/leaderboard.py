@@ -369,7 +369,6 @@ def _search(tuned: Sequence[Entry]) -> Section:
     lines = []
     for entry in tuned:
         facts = entry.tuned or {}
-        pairs = (facts.get("found") or {}).items()
         lines.append(
             [
                 entry.name,
@@ -377,9 +376,7 @@ def _search(tuned: Sequence[Entry]) -> Section:
                 str(facts.get("pruned", "")),
                 f"{facts['before']:.4f}" if facts.get("before") is not None else "",
                 f"{facts['after']:.4f}" if facts.get("after") is not None else "",
-                ", ".join(
-                    f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in pairs
-                ),
+                settings(facts.get("found") or {}),
             ]
         )
     note = (
@@ -387,6 +384,16 @@ def _search(tuned: Sequence[Entry]) -> Section:
         "split had no part in it. Before: the preset's values."
     )
     return Section("search", "Search for hyper-parameters", table=[headings, *lines], note=note)
+
+
+def settings(found: Mapping[str, Any]) -> str:
+    """Hyper-parameters in a line.
+
+    >>> settings({"kd.weight": 0.123456, "nst.kernel": "poly"})
+    'kd.weight = 0.1235, nst.kernel = poly'
+    """
+    said = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.items()}
+    return ", ".join(f"{name} = {value}" for name, value in said.items())
 
 
 def as_rich(found: Leaderboard) -> Table:
