@@ -102,7 +102,7 @@ def test_a_recipe_survives_being_written_and_read():
         ({"weights": [1, float("nan")]}, "weights.1=nan"),
         ({"seeds": 0}, "seeds=0"),
         ({"mean": "median"}, "mean='median'"),
-        ({"task": "detection"}, "task='detection'"),
+        ({"task": "sequences"}, "there is no task 'sequences'; did you mean sequence"),
         ({1: 2}, "recipe key 1"),
         ({"methods": {"kd": {"temprature": 1}}}, "no parameter 'temprature'; did you mean temper"),
         ({"methods": {"kd": {"temperature": 0}}}, r"KD\(temperature=0\)"),

@@ -170,9 +170,8 @@ def run(
     else:
         chosen = find(system)
         source = data or recipes.preset_source(chosen, preset)
-        from limbeck.data import kind_of
-
-        values = recipes.preset(chosen, preset, kind_of(source))
+        kind = recipes.preset_domain(chosen, preset).kind_of(source)
+        values = recipes.preset(chosen, preset, kind)
     _start(
         values,
         data=data,
@@ -212,7 +211,6 @@ def compare(
     """Compare systems: one teacher, the same seeds, a leaderboard. Resume with limbeck resume."""
     from limbeck import comparison, recipes
     from limbeck.catalogue import system as find
-    from limbeck.data import kind_of
     from limbeck.distillation import fresh_name
 
     first = find(systems[0].split("+")[0].partition(":")[0])
@@ -221,7 +219,7 @@ def compare(
     laid = comparison.plan(
         systems,
         preset,
-        kind_of(source),
+        recipes.preset_domain(first, preset).kind_of(source),
         values,
         teachers=teacher or (),
         assign=assign or (),

@@ -173,10 +173,7 @@ def _teachers(recipe: Recipe) -> tuple[dict[str, dict[str, Any]], list[str]]:
             continue
         name = "teacher" if len(recipe.teachers) == 1 else f"teacher-{number}"
         names.append(f"run:./{name}")
-        data = recipe.data.model_dump(mode="json")
-        # What is a share of labelled samples to students is the whole training split to a teacher.
-        data |= {"labelled": 1.0, "unlabelled": None}
-        data["transfer"] = {"fraction": recipe.data.labelled}
+        data = recipe.data.for_teacher()
         if teacher.augment is not None:
             data["augment"] = teacher.augment.model_dump(mode="json")
         runs[name] = _resolved(

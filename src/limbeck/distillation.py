@@ -21,14 +21,16 @@ from limbeck import data as sources
 from limbeck.data.data import Data
 from limbeck.errors import UserError
 from limbeck.models import Input, build, described, load, profile, save, weights_given
-from limbeck.recipes import ModelPart, Recipe, Transfer, validate
+from limbeck.models.input import Intake
+from limbeck.recipes import ModelPart, Recipe, validate
 from limbeck.systems.classification.kd import KD
-from limbeck.tasks.attributes import Attributes
+from limbeck.tasks import domain
 from limbeck.tasks.classification import Classification
-from limbeck.tasks.sequence import SequentialClassification
+from limbeck.tasks.images import ImageClassification
 from limbeck.training import distiller
 from limbeck.training.bench import Bench, Candidate, Rival
 from limbeck.training.cache import Cache
+from limbeck.training.domain import Domain
 from limbeck.training.engine import Engine, peak_memory
 from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
@@ -39,13 +41,6 @@ from limbeck.training.task import Batch, Task, model_output
 from limbeck.training.teacher import Teacher
 from limbeck.training.trainer import Trainer
 
-TASKS: Mapping[str, type[Classification]] = {
-    "classification": Classification,
-    "attributes": Attributes,
-    "sequence": SequentialClassification,
-}
-"""The tasks that a recipe can name."""
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -55,7 +50,7 @@ class _Job:
     bench: Bench
     engine: Engine
     facts: Mapping[str, Any]
-    view: tuple[int, int, int]
+    sample: Any
 
 
 def start(recipe: Recipe, out: Path | None = None, voice: Voice | None = None) -> Run:
@@ -207,7 +202,7 @@ def distill(
     chosen = method or KD()
     named = {"names": dict(chosen.roles)} if chosen.roles else {}
     facts = {"system": type(chosen).__name__.lower(), "preset": "", **named, **facts}
-    job = _Job(chosen, bench, engine, facts, view)
+    job = _Job(chosen, bench, engine, facts, torch.zeros(1, *view))
     if resume:
         if out is None:
             raise UserError("resume=True needs the run folder: out=...")
@@ -263,36 +258,30 @@ def measure(model: str, data: str, split: str = "test") -> dict[str, float]:
     """The measures of a model, by name, on a split of a data source."""
     if split not in ("train", "validation", "test"):
         raise UserError(f"a split is train, validation or test, not {split!r}")
-    found = sources.load(data)
-    input = Input(found.channels, found.size, found.mean, found.std)
-    network = build(model, found.classes, input)
-    return Classification(found.classes).measure(network, getattr(found, split))
-
-
-def recognise(model: str, images: Sequence[Path], top: int = 3) -> list[dict[str, Any]]:
-    """What a network, by name or run folder, sees in image files: its most probable classes."""
-    network = load(_stored(model))
-    kind = TASKS[described(_stored(model)).get("task", Classification.name)]
-    if not network.classes or not isinstance(network.input, Input):
-        raise UserError(f"{model} does not say which classes it knows and what it is fed")
-    view = torch.stack(
-        [sources.read_image(p, network.input.channels, network.input.size) for p in images]
+    kind = _domain_of(model)
+    if any(f.is_required() for n, f in kind.words_type.model_fields.items() if n != "source"):
+        kind = ImageClassification  # what else a task needs to know is not said here
+    engine = Engine()
+    ground = kind(
+        kind.words_type(source=data),
+        device=_device(engine),
+        workers=engine.readers(),
+        voice=Voice(quiet=True),
     )
-    with torch.no_grad():
-        probabilities = kind.probabilities(model_output(network.eval()(view.float() / 255)))
-    best = probabilities.topk(min(top, len(network.classes)))
-    return [
-        {
-            "image": str(image),
-            "classes": [
-                {"class": network.classes[i], "probability": p}
-                for p, i in zip(values, indices, strict=True)
-            ],
-        }
-        for image, values, indices in zip(
-            images, best.values.tolist(), best.indices.tolist(), strict=True
-        )
-    ]
+    return ground.task().measure(ground.network(model), ground.splits[split])
+
+
+def recognise(model: str, files: Sequence[Path], top: int = 3) -> list[dict[str, Any]]:
+    """What a network, by name or run folder, says of files."""
+    stored = _stored(model)
+    return _domain_of(model).recognise(load(stored), files, top)
+
+
+def _domain_of(model: str) -> type[Domain]:
+    """The domain that a stored model was made for; images with a class each unless it says."""
+    stored = model.partition(":")[0] in ("run", "file") or Path(model).exists()
+    facts = described(_stored(model)) if stored else {}
+    return domain(facts.get("task", Classification.name))
 
 
 def _stored(model: str) -> Path:
@@ -314,76 +303,42 @@ def weigh(model: str, view: tuple[int, int, int], classes: int) -> dict[str, Any
     """
     if model.partition(":")[0] in ("run", "file") or Path(model).is_dir():
         network = load(_stored(model))
-        if isinstance(network.input, Input):
-            view = (network.input.channels, *network.input.size)
-        return asdict(profile(network, view))
+        fed = network.input
+        sample = fed.sample() if isinstance(fed, Intake) else torch.zeros(1, *view)
+        return asdict(profile(network, sample))
     names = [str(c) for c in range(classes)]
     channels, height, width = view
     input = Input(channels, (height, width), (0.5,) * channels, (0.5,) * channels)
-    return asdict(profile(build(model, names, input), view))
+    return asdict(profile(build(model, names, input), input.sample()))
 
 
 def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     """Turn a recipe's words into data, networks and a method."""
-    part, device = recipe.data, _device(recipe.engine)
-    data = sources.load(part.source, validation=part.validation, size=part.size, label=part.label)
-    voice.say(data.describe())
-    train = data.train
-    if part.limit is not None and part.limit < len(train):
-        train = sources.transfer(train, fraction=part.limit / len(train))
-    transfer = train
-    if part.labelled < 1:
-        transfer = replace(train, labels=None)
-        train = sources.transfer(train, fraction=part.labelled)
-    if part.unlabelled is not None:
-        transfer = sources.unlabelled(part.unlabelled, data.size)
-        voice.say(f"students learn from {len(transfer):,} unlabelled images of {part.unlabelled}")
-    if part.transfer != Transfer():
-        transfer = sources.transfer(transfer, **part.transfer.model_dump())
-    if part.unlabelled is None and min(len(transfer), len(train)) < len(data.train):
-        voice.say(
-            f"teachers learn from {len(train):,} of {len(data.train):,} training samples, "
-            f"students from {len(transfer):,}"
-        )
-    own = Input(data.channels, data.size, data.mean, data.std)
-    method = recipe.method()
+    engine, device, method = recipe.engine, _device(recipe.engine), recipe.method()
+    ground = domain(recipe.task)(recipe.data, device=device, workers=engine.readers(), voice=voice)
 
-    # What a task alone needs to know lies in the data's part of the recipe, under its name.
-    own_words = getattr(part, recipe.task, None)
-    special: dict[str, Any] = {recipe.task: own_words} if own_words else {}
-
-    def task(augment: Any = None) -> Classification:
-        workers = recipe.engine.readers()
-        kind = TASKS[recipe.task]
-        return kind(data.classes, augment or part.augment, workers, device, **special)
-
-    outputs = task().outputs
+    def own_task(part: ModelPart) -> Task | None:
+        return None if part.augment is None else ground.task(part.augment)
 
     def make_student(seed: int) -> Network:
-        return build(recipe.student.model, outputs, own, seed=seed)
+        return ground.network(recipe.student.model, seed)
 
     candidates = []
     for number, teacher in enumerate(recipe.teachers):
-        network = build(teacher.model, outputs, own, seed=recipe.seed + number)
+        network = ground.network(teacher.model, recipe.seed + number)
         training = None if ready(teacher.model) else teacher.training
-        own_task = None if teacher.augment is None else task(teacher.augment)
-        candidates.append(Candidate(network, training, own_task))
+        candidates.append(Candidate(network, training, own_task(teacher)))
     make_student(recipe.seed)  # a model that cannot be built is found before the run folder is made
     rival = None
     if isinstance(other := recipe.baseline, ModelPart):
 
         def make_rival(seed: int) -> Network:
-            return build(other.model, outputs, own, seed=seed)
+            return ground.network(other.model, seed)
 
-        own_task = None if other.augment is None else task(other.augment)
-        rival = Rival(make_rival, other.training, own_task)
+        rival = Rival(make_rival, other.training, own_task(other))
     bench = Bench(
-        engine=recipe.engine,
-        task=task(),
-        train=train,
-        transfer=transfer,
-        validation=data.validation,
-        test=data.test,
+        engine=engine,
+        task=ground.task(),
         candidates=candidates,
         make_student=make_student,
         training=recipe.student.training,
@@ -395,14 +350,15 @@ def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
         weights=recipe.weights,
         device=device,
         voice=voice,
+        **ground.splits,
     )
     facts = {
         "system": recipe.system,
         "preset": recipe.preset,
         "names": recipe.names(method.roles),
-        **_facts(data),
+        **ground.facts,
     }
-    return _Job(method, bench, recipe.engine, facts, (data.channels, *data.size))
+    return _Job(method, bench, engine, facts, ground.sample())
 
 
 def _laid_out(
@@ -521,7 +477,7 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
         }
         for seed in bench.seeds
     ]
-    profiles = {name: [profile(n, job.view) for n in group] for name, group in shown.items()}
+    profiles = {name: [profile(n, job.sample) for n in group] for name, group in shown.items()}
     result: dict[str, Any] = {
         **job.facts,
         "seed": first,
@@ -551,8 +507,7 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
     for role, group in shown.items():
         for number, network in enumerate(group):
             name = role if len(group) == 1 else f"{role}-{number + 1}"
-            facts = {"data": job.facts["data"], "view": list(job.view), "task": task.name}
-            save(network, run.path / name, facts)
+            save(network, run.path / name, {"data": job.facts["data"], "task": task.name})
     task.record(networks, bench.test, run.path)
     findings = job.method.findings(bench, run.metrics())
     run.write_json(FINDINGS, {"findings": [found.as_json() for found in findings]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import shutil
@@ -26,10 +25,12 @@ from limbeck.catalogue import systems
 from limbeck.data.data import Data, Split
 from limbeck.data.sources import KINDS
 from limbeck.errors import UserError, did_you_mean
+from limbeck.extras import need
 from limbeck.models import Input, load, save
 from limbeck.models.weights import first_line
 from limbeck.recipes import validate
 from limbeck.tasks.classification import Classification
+from limbeck.tasks.images import ImageWords
 from limbeck.training.folding import fold_batch_norm
 from limbeck.training.network import Network
 from limbeck.training.run import Run
@@ -175,8 +176,11 @@ def export(
     opened = Run.open(folder)
     student = Student.from_run(folder)
     network = student.network
-    if not isinstance(network.input, Input):
-        raise UserError(f"the student of {folder} does not say what it is fed")
+    if type(network.input) is not Input:
+        raise UserError(
+            f"the student of {folder} is no classifier of images that says what it is fed, which "
+            "alone can be exported; its weights lie in student.safetensors there"
+        )
     target = out or folder / "-".join(["export", format, *([quantize] if quantize else [])])
     check_free(target)
     recipe = opened.recipe()
@@ -209,7 +213,7 @@ def check(format: str, quantize: str | None) -> None:
         raise UserError(f"--quantize goes with --format onnx only, not with {format}")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
-            _optional(name)
+            need(name)
 
 
 def check_free(folder: Path) -> None:
@@ -299,7 +303,7 @@ def loaded(file: Path, format: str) -> Classifier:
             return logits
 
         return run
-    onnxruntime = _optional("onnxruntime")
+    onnxruntime = need("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -336,7 +340,7 @@ def _write_program(network: Network, samples: Samples, file: Path, quantize: str
     if file.suffix == ".pt2":
         torch.export.save(program, str(file))
         return
-    onnx = _optional("onnx")
+    onnx = need("onnx")
     made: Any = torch.onnx.export(
         program,
         (example,),
@@ -382,11 +386,11 @@ def _quantise(model: Any, calibration: Tensor, file: Path) -> None:
     Weights and activations get scales that calibration finds; without convolutions activations are
     scaled as they come, which needs no calibration and costs a matrix product little.
     """
-    onnx = _optional("onnx")
-    quantization = _optional("onnxruntime.quantization")
+    onnx = need("onnx")
+    quantization = need("onnxruntime.quantization")
     plain, prepared = file.with_name("plain.onnx"), file.with_name("prepared.onnx")
     onnx.save(model, str(plain))
-    _optional("onnxruntime.quantization.shape_inference").quant_pre_process(
+    need("onnxruntime.quantization.shape_inference").quant_pre_process(
         str(plain), str(prepared), skip_symbolic_shape=True
     )
     if any(node.op_type == "Conv" for node in model.graph.node):
@@ -401,14 +405,6 @@ def _quantise(model: Any, calibration: Tensor, file: Path) -> None:
         quantization.quantize_dynamic(str(prepared), str(file), per_channel=True)
     for beside in (plain, prepared):
         beside.unlink()
-
-
-def _optional(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise UserError(f"{package} is not installed; pip install 'limbeck[export]'") from None
 
 
 @contextmanager
@@ -466,6 +462,8 @@ def _data(recipe: Mapping[str, Any], classes: Sequence[str]) -> Data | None:
         return None
     try:
         part = validate(recipe).data
+        if not isinstance(part, ImageWords):
+            return None
         data = sources.load(
             part.source, validation=part.validation, size=part.size, label=part.label
         )

@@ -4,66 +4,27 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from limbeck.catalogue import System, method_class
 from limbeck.data.augment import Augment
 from limbeck.errors import UserError, did_you_mean
+from limbeck.tasks import DOMAINS, domain
+from limbeck.training.domain import Domain, Part, Words
 from limbeck.training.engine import Engine
 from limbeck.training.method import Method, Sum, Supervised
 from limbeck.training.parameters import reason_of
 from limbeck.training.phases import Training
 
-Side = Annotated[int, Field(ge=1, le=2**16)]
 Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Transfer(_Part):
-    """The part of the training split that students see."""
-
-    exclude: tuple[int, ...] = Field(default=(), description="classes left out")
-    only: tuple[int, ...] = Field(default=(), description="the only classes kept")
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    labels: bool = True
-
-
-class DataPart(_Part):
-    """Where samples come from and how training images are augmented."""
-
-    source: str
-    validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of train")
-    size: tuple[Side, Side] | None = None
-    label: str | None = None
-    limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="training samples")
-    labelled: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0,
-        description="share of the training samples that have labels; below 1 students learn from "
-        "all of them without",
-    )
-    attributes: dict[str, tuple[int | str, ...]] = Field(
-        default_factory=dict,
-        description="the classes, by name or number, that have each attribute; of the task "
-        "attributes",
-    )
-    sequence: int | tuple[tuple[int | str, ...], ...] = Field(
-        default=0,
-        description="how many tasks the classes are parted into, or the classes of each; of the "
-        "task sequence",
-    )
-    augment: Augment = Augment()
-    unlabelled: str | None = Field(default=None, description="source of the students' images")
-    transfer: Transfer = Transfer()
-
-
-class ModelPart(_Part):
+class ModelPart(Part):
     """A model by name and how it is trained; weights in the name make a finished teacher."""
 
     model: str
@@ -72,13 +33,13 @@ class ModelPart(_Part):
     called: str = Field(default="", description="in tables and pictures")
 
 
-class Recipe(_Part):
-    """Everything that decides a run."""
+class Recipe(Part):
+    """Everything that decides a run; ``data`` is what the task's domain understands."""
 
     system: str
     preset: str = ""
-    task: Literal["classification", "attributes", "sequence"] = "classification"
-    data: DataPart
+    task: str = "classification"
+    data: Words
     teachers: tuple[ModelPart, ...] = ()
     mean: Literal["probabilities", "logits"] = "probabilities"
     weights: tuple[Share, ...] | None = None
@@ -113,6 +74,19 @@ class Recipe(_Part):
         return parts[0] if len(parts) == 1 else _sum(parts)
 
 
+@cache
+def recipe_type(task: str) -> type[Recipe]:
+    """What a recipe of this task looks like.
+
+    >>> recipe_type("sequence").model_fields["data"].annotation.__name__
+    'SequenceWords'
+
+    Raises:
+        UserError: there is no such task.
+    """
+    return create_model("Recipe", __base__=Recipe, data=(domain(task).words_type, ...))
+
+
 def _sum(parts: Sequence[Method]) -> Method:
     total = parts[0]
     for part in parts[1:]:
@@ -142,7 +116,12 @@ def preset(chosen: System, name: str, kind: str) -> dict[str, Any]:
 def preset_source(chosen: System, name: str) -> str:
     """The data that a preset runs on unless told otherwise."""
     content = chosen.presets.get(name, {})
-    return str(content.get("data", {}).get("source", "digits"))
+    return str(content.get("data", {}).get("source", preset_domain(chosen, name).source))
+
+
+def preset_domain(chosen: System, name: str) -> type[Domain]:
+    """The domain of a preset's task."""
+    return domain(chosen.presets.get(name, {}).get("task", "classification"))
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,19 +275,12 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         UserError: a key that does not exist (with the near ones), or a value out of range: one
             sentence on the first of them.
     """
+    values = _shared_method(_with_list(values))
+    kind = recipe_type(str(values.get("task", "classification")))
     try:
-        recipe = Recipe.model_validate(_shared_method(_with_list(values)))
+        recipe = kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(error)) from None
-    for task, example in (
-        ("attributes", "{NAME: [CLASS, ...], ...}"),
-        ("sequence", "2, or the classes of each task"),
-    ):
-        if (recipe.task == task) != bool(getattr(recipe.data, task)):
-            raise UserError(
-                f"the task {task} and the recipe key data.{task} go together, and one of them is "
-                f"missing: say task: {task}, and data.{task}: {example}"
-            )
+        raise UserError(_sentence(error, kind)) from None
     recipe.method()
     return recipe
 
@@ -327,17 +299,27 @@ def _shared_method(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, kind: type[Recipe]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, wrong = first["loc"]
-        known = _fields(Recipe, parents)
-        return f"the recipe has no key {where!r}; {did_you_mean(str(wrong), known)}"
+        known = _fields(kind, parents)
+        return f"the recipe has no key {where!r}{_elsewhere(first['loc'])}; " + did_you_mean(
+            str(wrong), known
+        )
     if first["type"] == "missing":
         return f"the recipe lacks the key {where!r}"
     reason = reason_of(first["msg"])
     return f"recipe key {where}={_shown(first['input'])}: {reason}"
+
+
+def _elsewhere(place: Sequence[int | str]) -> str:
+    """The tasks in which a key would be one, as a part of a sentence."""
+    if len(place) != 2 or place[0] != "data":
+        return ""
+    tasks = [task for task in DOMAINS if place[1] in domain(task).words_type.model_fields]
+    return f", which is of the task {' or '.join(tasks)}" if tasks else ""
 
 
 def _shown(value: Any) -> str:
@@ -365,7 +347,7 @@ def _fields(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
             return []
         model = nested
     names = list(model.model_fields)
-    return [*names, "teacher", "method"] if model is Recipe else names
+    return [*names, "teacher", "method"] if issubclass(model, Recipe) else names
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -87,7 +87,7 @@ def test_the_files_hold_the_models_own_names_the_facts_and_a_checksum(
     assert json.loads(stored.with_suffix(".json").read_text()) == {
         "model": "cnn-4-8",
         "classes": list(CLASSES),
-        "input": {"channels": 1, "size": [8, 8], "mean": [0.3], "std": [0.4]},
+        "input": {"kind": "images", "channels": 1, "size": [8, 8], "mean": [0.3], "std": [0.4]},
         "accuracy": 0.5,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }

@@ -273,13 +273,11 @@ def test_what_does_not_fit_is_said_before_a_run_folder_exists(tmp_path, change, 
 
 
 def test_the_task_and_its_attributes_come_together_or_not_at_all():
-    for change in ({"task": "classification"}, {"data": {"attributes": None}}):
-        values = recipes.merged(TINY, change)
-        if change.get("data"):
-            values["data"] = {k: v for k, v in values["data"].items() if k != "attributes"}
-        with pytest.raises(UserError, match="go together, and one of them is missing") as caught:
-            recipes.validate(values)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"'data.attributes', which is of the task attributes;"):
+        recipes.validate(recipes.merged(TINY, {"task": "classification"}))
+    without = {k: v for k, v in TINY["data"].items() if k != "attributes"}
+    with pytest.raises(UserError, match=r"the recipe lacks the key 'data\.attributes'"):
+        recipes.validate({**TINY, "data": without})
     with pytest.raises(UserError, match=r"recipe key data.attributes.even"):
         recipes.validate(recipes.merged(TINY, {"data": {"attributes": {"even": "all"}}}))
 

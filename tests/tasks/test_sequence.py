@@ -68,9 +68,16 @@ def test_a_tasks_samples_keep_their_identities():
 
 
 @pytest.mark.parametrize(
-    "given", [{"task": "sequence"}, {"data": {"source": "digits", "sequence": 2}}]
+    ("given", "sentence"),
+    [
+        ({"task": "sequence"}, r"the recipe lacks the key 'data\.sequence'"),
+        (
+            {"data": {"source": "digits", "sequence": 2}},
+            r"no key 'data\.sequence', which is of the task sequence;",
+        ),
+    ],
 )
-def test_task_and_sequence_go_together(given):
+def test_task_and_sequence_go_together(given, sentence):
     values = {"system": "x", "data": {"source": "digits"}, "student": {"model": "mlp-8"}, **given}
-    with pytest.raises(UserError, match=r"task sequence and the recipe key data\.sequence"):
+    with pytest.raises(UserError, match=sentence):
         recipes.validate(values)

@@ -15,13 +15,13 @@ from limbeck.errors import UserError
 from limbeck.models.spec import LIBRARIES, PRETRAINED, STORED, Spec, weights_given
 
 if TYPE_CHECKING:
-    from limbeck.models.input import Input
+    from limbeck.models.input import Intake
     from limbeck.training.network import Network
 
 __all__ = ["build", "described", "load", "save", "weights_given"]
 
 
-def build(spec: str, classes: Sequence[str], input: Input, seed: int | None = None) -> Network:
+def build(spec: str, classes: Sequence[str], input: Intake, seed: int | None = None) -> Network:
     """Make the model that a string names.
 
     ===================  ==========================================================================
@@ -42,7 +42,7 @@ def build(spec: str, classes: Sequence[str], input: Input, seed: int | None = No
     Args:
         spec: the name, as above.
         classes: class names of the data; each gets an output.
-        input: the data's channels, size and normalisation.
+        input: what the data feeds to models; of images their channels, size and normalisation.
         seed: of the initialisation, leaving the global generator alone; ``None`` draws from it.
 
     Returns:
@@ -131,7 +131,7 @@ def described(path: Path) -> dict[str, Any]:
 def _load(path: Path, classes: Sequence[str], other: str) -> Network:
     """As :func:`load`, for data with these classes if any are given, with other weights if any."""
     from limbeck.models import libraries, weights
-    from limbeck.models.input import Input
+    from limbeck.models.input import intake
 
     stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
     file, card = _files(stem)
@@ -147,8 +147,8 @@ def _load(path: Path, classes: Sequence[str], other: str) -> Network:
     if library not in ("", *LIBRARIES) or (library == "hf") != isinstance(config, dict):
         raise UserError(f"{card} describes no model that Limbeck can build: {facts['model']!r}")
     try:
-        input = Input.from_json(facts["input"])
-    except (KeyError, IndexError, TypeError, ValueError):
+        input = intake(facts["input"])
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise UserError(f"{card} does not say what the model is fed") from None
     known = tuple(facts["classes"])
     _agree(known, classes, stem)

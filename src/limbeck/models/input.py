@@ -1,10 +1,12 @@
-"""What a vision model wants to be fed."""
+"""What models want to be fed, and where those come from that are fed alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,62 @@ from torch import Tensor
 
 from limbeck.errors import UserError
 
+if TYPE_CHECKING:
+    from limbeck.models.libraries import Offer, Order
+
+KINDS = {"images": "limbeck.models.input:Input"}
+"""Kinds of intake, as a stored network names them, and the class of each."""
+
+
+class Intake(ABC):
+    """What models of one kind are fed; it knows where such models come from.
+
+    Subclasses are frozen dataclasses of plain values, which lie beside a network's weights.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, view: Any) -> Any:
+        """Turn a view of a batch of samples into the model's input."""
+
+    @abstractmethod
+    def sample(self) -> Any:
+        """A view of one sample that says nothing, as networks are called with it."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it is, in a sentence on what cannot be fed so."""
+
+    @abstractmethod
+    def offers(self) -> Mapping[str, Callable[[Order], Offer]]:
+        """What makes models that are fed so, by library; "" stands for Limbeck's own."""
+
+    def check(self, output: Any, classes: int) -> None:
+        """Raise where this is not what such a model puts out for :meth:`sample`."""
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Self:
+        """The inverse of ``dataclasses.asdict`` after a round through JSON."""
+        return cls(**facts)
+
+
+def intake(facts: dict[str, Any]) -> Intake:
+    """What a stored network is fed, from the ``input`` among its facts.
+
+    >>> intake({"channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.5]})
+    Input(channels=1, size=(8, 8), mean=(0.5,), std=(0.5,))
+
+    Raises:
+        KeyError, TypeError, ValueError: the facts are not of this kind.
+    """
+    module, _, name = KINDS[facts.get("kind", "images")].partition(":")
+    kind: type[Intake] = getattr(import_module(module), name)
+    return kind.from_json({key: value for key, value in facts.items() if key != "kind"})
+
 
 @dataclass(frozen=True)
-class Input:
+class Input(Intake):
     """What a vision model wants to be fed: channels, size in pixels, normalisation.
 
     ``size`` is (height, width); ``mean`` and ``std`` hold one number a channel, on the scale where
@@ -25,6 +80,8 @@ class Input:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    kind = "images"
 
     def __call__(self, view: Tensor) -> Tensor:
         """Turn a view, (B, C, H, W) in [0, 1], into this model's input.
@@ -50,9 +107,24 @@ class Input:
                 )
         return (view - _per_channel(self.mean, view)) / _per_channel(self.std, view)
 
+    def sample(self) -> Tensor:
+        return torch.zeros(1, self.channels, *self.size)
+
+    def describe(self) -> str:
+        return f"{self.channels} x {self.size[0]} x {self.size[1]} images"
+
+    def offers(self) -> Mapping[str, Callable[[Order], Offer]]:
+        from limbeck.models.libraries import OFFERS
+
+        return OFFERS
+
+    def check(self, output: Any, classes: int) -> None:
+        if not isinstance(output, Tensor) or output.shape != (1, classes):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"it puts out {got} instead of {(1, classes)}")
+
     @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Input:
-        """The inverse of ``dataclasses.asdict`` after a round through JSON."""
+    def from_json(cls, facts: dict[str, Any]) -> Self:
         return cls(
             channels=int(facts["channels"]),
             size=(int(facts["size"][0]), int(facts["size"][1])),

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import UserError, did_you_mean
+from limbeck.extras import need
 from limbeck.models import weights, zoo
-from limbeck.models.input import Input
+from limbeck.models.input import Input, Intake
 from limbeck.models.spec import has_weights
 from limbeck.training.network import Network
 
@@ -34,7 +35,7 @@ class Way:
     """A way to make a model, and what it is then fed."""
 
     make: Callable[[], nn.Module]
-    input: Input
+    input: Intake
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Order:
         library: "" for Limbeck's own, or ``torchvision``, ``timm``, ``hf``.
         name: the library's name of the model.
         classes: names of the outputs.
-        input: the data's.
+        input: what the data feeds to models, a :class:`limbeck.models.input.Intake`.
         pretrained: take the library's own weights, which may download them.
         config: a transformers configuration kept by ``save``, in place of its name.
     """
@@ -66,7 +67,7 @@ class Order:
     library: str
     name: str
     classes: tuple[str, ...]
-    input: Input
+    input: Any
     pretrained: bool = False
     config: dict[str, Any] | None = None
 
@@ -90,7 +91,14 @@ def network(
     Raises:
         UserError: there is no such model, or no way works.
     """
-    offer = OFFERS[order.library](order)
+    offers = order.input.offers()
+    if order.library not in offers:
+        known = [library or "Limbeck's own, by their bare names" for library in offers]
+        raise UserError(
+            f"no model of {order.library} can be fed {order.input.describe()}; "
+            f"known: {', '.join(known)}"
+        )
+    offer = offers[order.library](order)
     errors: list[Exception] = []
     for way in offer.ways:
         # What a library raises is its own affair; the first way's error is told in one sentence.
@@ -116,9 +124,8 @@ def _refusal(order: Order, offer: Offer, error: Exception) -> str:
     if offer.loaded:
         return f"the weights of {order.title} could not be had: {reason}"
     wanted, native = offer.ways[0].input, offer.native
-    height, width = wanted.size
-    sentence = f"{order.title} cannot read {wanted.channels} x {height} x {width} images ({reason})"
-    if native is None or native == wanted.size:
+    sentence = f"{order.title} cannot read {wanted.describe()} ({reason})"
+    if native is None or native == getattr(wanted, "size", native):
         return sentence
     return f"{sentence}; it is made for {native[0]} x {native[1]}"
 
@@ -131,14 +138,12 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _try(model: nn.Module, input: Input, classes: int) -> None:
+def _try(model: nn.Module, input: Intake, classes: int) -> None:
     model.eval()
     with torch.no_grad():
-        output = model(torch.zeros(1, input.channels, *input.size))
+        output = model(input(input.sample()))
     model.train()
-    if not isinstance(output, Tensor) or output.shape != (1, classes):
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"it puts out {got} instead of {(1, classes)}")
+    input.check(output, classes)
 
 
 def _own(order: Order) -> Offer:
@@ -199,11 +204,7 @@ def _torchvision(order: Order) -> Offer:
 
 
 def _timm(order: Order) -> Offer:
-    try:
-        import timm
-    except ImportError:
-        raise UserError("timm is not installed; pip install 'limbeck[vision]'") from None
-
+    timm = need("timm")
     name, input = order.name, order.input
     if not timm.is_model(name):
         _known(name, timm.list_models(), "timm")
@@ -214,12 +215,14 @@ def _timm(order: Order) -> Offer:
     native = None if facts is None else (facts.input_size[1], facts.input_size[2])
 
     def make(**size: Any) -> nn.Module:
-        return timm.create_model(
+        model: nn.Module = timm.create_model(
             name, num_classes=len(order.classes), in_chans=input.channels, **size
         )
+        return model
 
     def make_pretrained() -> nn.Module:
-        return timm.create_model(name, pretrained=True, num_classes=len(order.classes))
+        model: nn.Module = timm.create_model(name, pretrained=True, num_classes=len(order.classes))
+        return model
 
     if facts is None or native is None:
         return Offer([Way(make, input)])
@@ -233,11 +236,7 @@ def _timm(order: Order) -> Offer:
 
 
 def _transformers(order: Order) -> Offer:
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("transformers is not installed; pip install 'limbeck[text]'") from None
-
+    transformers = need("transformers")
     models: Any = transformers.AutoModelForImageClassification
     name, input = order.name, order.input
     loads = order.pretrained or (order.config is None and has_weights(name))

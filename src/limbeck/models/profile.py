@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
     from limbeck.training.network import Network
 
@@ -27,12 +27,13 @@ class Profile:
     latency_ms: dict[str, float] | None
 
 
-def profile(network: Network, shape: tuple[int, int, int], latency: bool = True) -> Profile:
+def profile(network: Network, sample: Any, latency: bool = True) -> Profile:
     """Count and time a network on one sample, in eval mode, where it lies; it is left as it was.
 
     Args:
         network: on any device.
-        shape: channels, height and width of a view, before the network's own resizing.
+        sample: one sample, as the network is called with it; of images also the channels, height
+            and width of a view, before the network's own resizing.
         latency: also measure the time, for about a second.
 
     Example:
@@ -47,7 +48,10 @@ def profile(network: Network, shape: tuple[int, int, int], latency: bool = True)
 
     parameters = list(network.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
-    sample = torch.zeros(1, *shape, device=device)
+    if isinstance(sample, tuple):
+        sample = torch.zeros(1, *sample)
+    if hasattr(sample, "to"):
+        sample = sample.to(device)
     # Each module has a mode of its own: a frozen part may be in eval mode within a training one.
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -55,7 +59,7 @@ def profile(network: Network, shape: tuple[int, int, int], latency: bool = True)
         with torch.no_grad():
             with FlopCounterMode(display=False) as counter:
                 network(sample)
-            times = _percentiles(network, sample) if latency else None
+            times = _percentiles(network, sample, device) if latency else None
     finally:
         for module, mode in modes:
             module.training = mode
@@ -68,18 +72,23 @@ def profile(network: Network, shape: tuple[int, int, int], latency: bool = True)
 
 
 def _percentiles(
-    network: Network, sample: Tensor, warm_up: int = 5, most: int = 200, seconds: float = 1.0
+    network: Network,
+    sample: Any,
+    device: torch.device,
+    warm_up: int = 5,
+    most: int = 200,
+    seconds: float = 1.0,
 ) -> dict[str, float]:
     """Time single passes: at least ten, then until their number or the seconds are used up."""
     import torch
 
     def once() -> float:
-        if sample.is_cuda:
-            torch.cuda.synchronize(sample.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         network(sample)
-        if sample.is_cuda:
-            torch.cuda.synchronize(sample.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return (time.perf_counter() - start) * 1e3
 
     for _ in range(warm_up):

@@ -73,8 +73,10 @@ class Network(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """What lies beside the weights as JSON so that the model can be built again."""
+        fed: Any = self.input
+        kind = {"kind": fed.kind} if hasattr(fed, "kind") else {}
         return {
             "model": self.name,
             "classes": list(self.classes),
-            "input": None if self.input is None else asdict(self.input),  # type: ignore[call-overload]
+            "input": None if fed is None else {**kind, **asdict(fed)},
         }
