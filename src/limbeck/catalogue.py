@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from limbeck import foreign
 from limbeck.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -133,9 +134,37 @@ def system(slug: str) -> System:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of this name: a system's slug, or ``SLUG:NAME`` for a paper's further ones."""
+    """The method of this name: a system's slug, or ``SLUG:NAME`` for a paper's further ones.
+
+    ``FILE.py:CLASS`` is one of the user's own (see :mod:`limbeck.foreign`).
+    """
+    if foreign.is_foreign(name):
+        return foreign.method_class(name)
     slug, _, further = name.partition(":")
     return system(slug).method_class(further)
+
+
+def owner(method: str) -> System:
+    """The system that a method's name belongs to.
+
+    Raises:
+        UserError: there is none; one of the user's own has none.
+    """
+    if foreign.is_foreign(method):
+        raise UserError(
+            f"{method} brings no preset with data and models; name a system of the catalogue "
+            "before it, as in limbeck compare kd ..."
+        )
+    return system(method.partition(":")[0])
+
+
+def short_name(method: str) -> str:
+    """What a method is called where its name stands for a run.
+
+    >>> short_name("kd:specialists"), short_name("ours/similarity.py:Similarity")
+    ('kd:specialists', 'similarity')
+    """
+    return method.rpartition(":")[2].lower() if foreign.is_foreign(method) else method
 
 
 def _read(path: Path) -> System:

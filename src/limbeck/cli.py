@@ -44,6 +44,9 @@ CacheTeacher = Annotated[
     bool, typer.Option("--cache-teacher", help="remember the teacher's answers on disk, in fp16")
 ]
 ProfileSteps = Annotated[bool, typer.Option("--profile", help="say where a step's time goes")]
+RunCode = Annotated[
+    bool, typer.Option("--run-code", help="run the files of methods named FILE.py:CLASS")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -159,9 +162,11 @@ def run(
     seeds: Seeds = None,
     cache_teacher: CacheTeacher = False,
     profile: ProfileSteps = False,
+    run_code: RunCode = False,
     out: Out = None,
 ) -> None:
     """Run a system end to end: teacher, plain student, distilled student, report."""
+    _permit(run_code)
     from limbeck import recipes
     from limbeck.catalogue import system as find
 
@@ -206,14 +211,16 @@ def compare(
         int, typer.Option(help="trials a system on validation data, by Optuna", min=0)
     ] = 0,
     cache_teacher: CacheTeacher = False,
+    run_code: RunCode = False,
     out: Out = None,
 ) -> None:
     """Compare systems: one teacher, the same seeds, a leaderboard. Resume with limbeck resume."""
+    _permit(run_code)
     from limbeck import comparison, recipes
-    from limbeck.catalogue import system as find
+    from limbeck.catalogue import owner
     from limbeck.distillation import fresh_name
 
-    first = find(systems[0].split("+")[0].partition(":")[0])
+    first = owner(systems[0].split("+")[0])
     source = data or recipes.preset_source(first, preset)
     values = _given({}, data=source, student=student, seed=seed, seeds=seeds)
     laid = comparison.plan(
@@ -229,6 +236,13 @@ def compare(
     )
     facts = {"system": "compare", "data": source}
     comparison.begin(laid, out or fresh_name(facts))
+
+
+def _permit(run_code: bool) -> None:
+    if run_code:
+        from limbeck import foreign
+
+        foreign.permit()
 
 
 def _start(
@@ -290,7 +304,9 @@ def distill(
     teacher: Annotated[list[str], typer.Option(help="one or several; see limbeck run --help")],
     student: Annotated[str, typer.Option(help="the model to train")],
     data: Annotated[str, typer.Option(help="what to learn from, such as folder:PATH")],
-    method: Annotated[list[str] | None, typer.Option(help="a system; several add up")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="a system, or FILE.py:CLASS; several add up")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=0)] = 20,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="peak learning rate of AdamW")] = 1e-3,
@@ -300,9 +316,11 @@ def distill(
     seeds: Seeds = None,
     cache_teacher: CacheTeacher = False,
     profile: ProfileSteps = False,
+    run_code: RunCode = False,
     out: Out = None,
 ) -> None:
     """Distil your own teacher into your own student on your own data."""
+    _permit(run_code)
     from limbeck import recipes
 
     values = recipes.for_own_models(
@@ -348,8 +366,9 @@ def train(
 
 
 @app.command(epilog="Example: limbeck resume runs/kd-digits-20260101-120000")
-def resume(folder: Path) -> None:
+def resume(folder: Path, run_code: RunCode = False) -> None:
     """Continue a run or a comparison where it was stopped."""
+    _permit(run_code)
     from limbeck import comparison
     from limbeck.distillation import resume as go_on
 

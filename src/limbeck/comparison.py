@@ -21,8 +21,9 @@ from typing import IO, Any
 
 import yaml
 
-from limbeck.catalogue import method_class, system
+from limbeck.catalogue import method_class, owner, short_name
 from limbeck.errors import UserError
+from limbeck.foreign import is_foreign
 from limbeck.recipes import (
     Recipe,
     assigned,
@@ -97,7 +98,7 @@ def plan(
         UserError: an unknown system, one that is named twice or takes no teacher, or recipe values
             that do not hold.
     """
-    parts = {entry: entry.split("+") for entry in systems}
+    parts = {"+".join(map(short_name, e.split("+"))): e.split("+") for e in systems}
     if len(parts) < len(systems):
         raise UserError("a system is named twice; its seeds would be the same")
     for part in (part for names in parts.values() for part in names):
@@ -106,7 +107,8 @@ def plan(
                 f"{part} takes no teacher, and what is compared here is what a teacher is worth; "
                 f"run it alone: limbeck run {part}"
             )
-    base = preset(_system(parts[systems[0]][0]), name, kind)
+    leader = next(iter(parts))
+    base = preset(owner(parts[leader][0]), name, kind)
     shared = merged({**base, "methods": {}}, given)
     if teachers:
         shared = with_teachers(shared, teachers)
@@ -121,26 +123,21 @@ def plan(
     for entry, names in parts.items():
         methods = {}
         for part in names:
-            chosen = _system(part)
-            fitted = preset(chosen, name, kind) if name in chosen.presets else {}
+            presets = {} if is_foreign(part) else owner(part).presets
+            fitted = preset(owner(part), name, kind) if name in presets else {}
             methods[part] = merged(fitted.get("methods", {}).get(part) or {}, own.get(part) or {})
         recipe = {**shared, "system": entry, "baseline": False, "methods": methods}
         entries[entry] = _resolved(recipe)
     unknown = set(own) - {part for names in parts.values() for part in names}
     if unknown:
         raise UserError(f"--set methods.{min(unknown)}: that system is not among those compared")
-    first = validate(entries[systems[0]])
+    first = validate(entries[leader])
     runs, taught = _teachers(first)
     if not first.teachers:
-        raise UserError(f"{systems[0]} has no teacher; name one with --teacher")
-    plain = {**entries[systems[0]], "system": PLAIN, "methods": {}, "teachers": []}
+        raise UserError(f"{leader} has no teacher; name one with --teacher")
+    plain = {**entries[leader], "system": PLAIN, "methods": {}, "teachers": []}
     entries = {entry: _taught_by(recipe, taught) for entry, recipe in entries.items()}
     return Plan({**runs, PLAIN: plain, **entries}, trials, jobs)
-
-
-def _system(name: str) -> Any:
-    """The system that a method's name belongs to."""
-    return system(name.partition(":")[0])
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:

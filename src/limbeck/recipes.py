@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from limbeck.catalogue import System, method_class
+from limbeck.catalogue import System, method_class, short_name
 from limbeck.data.augment import Augment
 from limbeck.errors import UserError, did_you_mean
 from limbeck.tasks import DOMAINS, domain
@@ -242,7 +242,7 @@ def for_own_models(
         method_class(name)
     settings = {"optimiser": "adamw", "weight_decay": 0.05, "warmup": 1.0, **training}
     return {
-        "system": methods[0] if methods else "train",
+        "system": short_name(methods[0]) if methods else "train",
         "data": {"source": data, "augment": {"crop": 2}},
         "teachers": [{"model": "", "training": settings}] if methods else [],
         "student": {"model": student, "training": settings},
