@@ -32,6 +32,9 @@ class Training(BaseModel):
     )
     lr: float = Field(default=0.05, gt=0, allow_inf_nan=False, description="peak learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd and rmsprop")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="of adam and adamw"
+    )
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
     decay: Literal["all", "kernels"] = Field(
@@ -106,7 +109,13 @@ class Training(BaseModel):
                 weight_decay=self.weight_decay,
             )
         kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.AdamW
-        return kind(wanted, lr=self.lr, weight_decay=self.weight_decay, fused=fused or None)
+        return kind(
+            wanted,
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=fused or None,
+        )
 
 
 def _spared(parameter: nn.Parameter) -> bool:
