@@ -8,15 +8,19 @@ from limbeck.systems.classification.kd import (
     soft_targets,
     soften,
 )
+from limbeck.systems.classification.ktan import discrimination, feature_distance, fooling
 from limbeck.systems.classification.nst import nst
 from limbeck.systems.continual.lwf import lwf, lwf_multilabel
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 
 __all__ = [
     "attribute_distillation",
+    "discrimination",
     "embedding_distillation",
     "ensemble_targets",
     "factor_transfer",
+    "feature_distance",
+    "fooling",
     "kd",
     "lwf",
     "lwf_multilabel",
