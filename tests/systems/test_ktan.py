@@ -236,3 +236,8 @@ def test_the_paper_preset_is_trained_as_the_card_says():
     method, training = recipe.method(), recipe.student.training
     assert (method.kd, method.feature, method.adversarial, method.temperature) == (1, 1, 1e-3, 4)
     assert (training.epochs, training.milestones, training.batch_size) == (200, (100, 150), 128)
+
+
+def test_a_recipe_chooses_the_betas_of_adam():
+    settings = Training(optimiser="adam", betas=(0.5, 0.999))
+    assert settings.build(nn.Linear(1, 1).parameters()).defaults["betas"] == (0.5, 0.999)
