@@ -119,6 +119,29 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, optimiser):
         assert resumed.metrics() == run.metrics()
 
 
+def test_a_journal_is_kept_while_its_phase_is_under_way_and_not_after(tmp_path):
+    done, journal = [], tmp_path / "phases" / "000-count.journal"
+
+    def count(journal, poison):
+        for n in range(4):
+            if n == poison:
+                raise Killed
+            journal.remember(f"piece-{n}", lambda n=n: done.append(n) or n)
+
+    def work(poison=None):
+        known = (tmp_path / "recipe.yaml").exists()
+        run = Run.open(tmp_path) if known else Run.create(tmp_path, {"test": True})
+        phase = Solve(name="count", run=lambda j: count(j, poison))
+        Trainer(run, QUICK, Voice(quiet=True)).work(p for p in [phase])
+
+    with pytest.raises(Killed):
+        work(poison=2)
+    assert sorted(p.name for p in journal.iterdir()) == ["piece-0.state", "piece-1.state"]
+    work()
+    assert done == [0, 1, 2, 3]
+    assert not journal.exists()
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     parts, _ = train(tmp_path / "whole")
     with pytest.raises(Killed):

@@ -178,7 +178,7 @@ class Fit(Phase):
 
 
 class Journal(Protocol):
-    """What a ``Solve`` has done so far; it survives a kill."""
+    """What a ``Solve`` has done so far; it survives a kill, until the phase is finished."""
 
     def remember(self, name: str, work: Callable[[], Any]) -> Any:
         """Do a piece of work once; a resumed run gets its result back instead.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -163,10 +164,18 @@ class Run:
         safe = "".join(c if c.isalnum() or c in "-_@." else "-" for c in name)
         return self.path / "phases" / f"{index:03d}-{safe}.state"
 
+    def journal_path(self, index: int, name: str) -> Path:
+        """Where the pieces of a ``Solve`` lie until it is finished."""
+        return self.phase_path(index, name).with_suffix(".journal")
+
     def finish_phase(self, index: int, name: str, state: Mapping[str, Any]) -> None:
         """Record the outcome of a phase; its checkpoints are no longer needed."""
         write_state(self.phase_path(index, name), {**state, "phase": name, "log": self.logged()})
         self.checkpoints.clear()
+
+    def drop_journal(self, index: int, name: str) -> None:
+        """Remove the pieces of a ``Solve`` whose outcome is recorded."""
+        shutil.rmtree(self.journal_path(index, name), ignore_errors=True)
 
     def finished_phase(self, index: int, name: str) -> dict[str, Any] | None:
         """The outcome of a phase, or ``None`` if it is not finished."""

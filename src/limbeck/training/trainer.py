@@ -247,6 +247,8 @@ class Trainer:
             state = {"modules": _state(phase), "result": result, "seconds": seconds}
             self.run.finish_phase(index, phase.name, state)
         self.accelerator.wait_for_everyone()
+        if self.main:
+            self.run.drop_journal(index, phase.name)
         done = self.run.finished_phase(index, phase.name)
         assert done is not None
         if not self.main:
@@ -276,7 +278,7 @@ class _Journal:
 
     def __init__(self, trainer: Trainer, index: int, phase: Phase) -> None:
         self._trainer = trainer
-        self._folder = trainer.run.phase_path(index, phase.name).with_suffix(".journal")
+        self._folder = trainer.run.journal_path(index, phase.name)
 
     def remember(self, name: str, work: Callable[[], Any]) -> Any:
         path = self._folder / f"{name}.state"
