@@ -297,6 +297,47 @@ def test_the_best_state_on_validation_data_is_kept_when_asked(tmp_path):
     assert heard == [{2: run.path / "phases" / "000-fit.epoch-2"}]
 
 
+@pytest.mark.parametrize("poison", [None, 3, 11])
+def test_a_fit_ends_when_its_best_measure_is_too_old_also_where_it_was_killed(tmp_path, poison):
+    accuracies = [0.1, 0.9, 0.3, 0.4, 0.95]
+    states, calls = {}, {"n": 0}
+
+    def work(poison):
+        model = net()
+
+        def terms(batch):
+            calls["n"] += 1
+            if calls["n"] == poison:
+                raise Killed
+            return {"l": nn.functional.cross_entropy(model(batch["image"]), batch["label"])}
+
+        def evaluate():
+            epoch = round(run.metrics()[-1]["epoch"])
+            states[epoch] = {k: v.clone() for k, v in model.state_dict().items()}
+            return {"accuracy": accuracies[epoch - 1]}
+
+        known = (tmp_path / "recipe.yaml").exists()
+        run = Run.open(tmp_path) if known else Run.create(tmp_path, {"test": True})
+        fit = Fit(
+            name="fit",
+            updates=[Update(train={"m": model}, terms=terms, settings=Training())],
+            batches=batches(),
+            epochs=5,
+            evaluate=evaluate,
+            select="best",
+            patience=2,
+        )
+        Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit))
+        return model
+
+    if poison:
+        with pytest.raises(Killed):
+            work(poison)
+    model = work(None)
+    assert sorted(states) == [1, 2, 3, 4], "the fifth epoch would have been the best"
+    assert all(torch.equal(v, states[2][k]) for k, v in model.state_dict().items())
+
+
 @pytest.mark.parametrize("optimiser", ["sgd", "adam", "adamw", "rmsprop"])
 def test_the_first_batch_is_audited_and_nothing_is_changed_by_it(tmp_path, optimiser):
     _, run = train(tmp_path, optimiser=optimiser)

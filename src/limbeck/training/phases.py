@@ -158,7 +158,8 @@ class Fit(Phase):
     """Gradient steps over batches for some epochs, one or several updates a step, in order.
 
     ``evaluate`` measures on validation data after every epoch; with ``select="best"`` the state
-    with the best measure (the task's metric, first key) is kept instead of the last.
+    with the best measure (the task's metric, first key) is kept instead of the last. With
+    ``patience`` besides, the phase ends when the best measure is so many epochs old.
     ``keep`` lists epochs (1 = after the first) after which the state is kept in the run folder; the
     ``yield`` then gives back where, by epoch, for :func:`limbeck.training.checkpoint.read_state`.
     ``begun`` is how many epochs of the learning rate's schedule lie behind.
@@ -172,6 +173,7 @@ class Fit(Phase):
     higher_is_better: bool = True
     keep: Sequence[int] = ()
     begun: float = 0.0
+    patience: int | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         return {name: module for update in self.updates for name, module in update.train.items()}

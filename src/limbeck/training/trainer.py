@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
@@ -346,7 +346,7 @@ class _Fitting:
             )
         trainer.voice.begin(phase.name, steps, self._steps_done())
         try:
-            while self.epoch < phase.epochs:
+            while self.epoch < phase.epochs and not self._out_of_patience():
                 self._epoch()
         finally:
             trainer.voice.end()
@@ -419,10 +419,19 @@ class _Fitting:
             self._track({f"{phase.name}/validation/{k}": v for k, v in measures.items()})
             value = next(iter(measures.values()))
             if phase.select == "best" and self._improves(value):
-                self.best = {"value": value, "modules": copy.deepcopy(_state(phase))}
+                modules = copy.deepcopy(_state(phase))
+                self.best = {"value": value, "epoch": self.epoch, "modules": modules}
         if self.epoch in phase.keep:
             path = self.trainer._kept(self.index, phase, self.epoch)
             write_state(path, {"modules": _state(phase)})
+
+    def _out_of_patience(self) -> bool:
+        """Whether the best measure is too old; the first process measures, and tells the others."""
+        if self.phase.patience is None:
+            return False
+        told = [self.best is not None and self.epoch - self.best["epoch"] >= self.phase.patience]
+        broadcast_object_list(told)
+        return told[0]
 
     def _improves(self, value: float) -> bool:
         if self.best is None:
