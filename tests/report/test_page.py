@@ -211,6 +211,18 @@ def test_seeds_are_drawn_together_and_named(make_run, tmp_path):
     assert "@" not in found.text["svg"]
 
 
+def test_lines_of_several_rounds_are_not_said_to_be_seeds(make_run, tmp_path):
+    run = make_run(tmp_path / "run", roles=("student",))
+    for number in (1, 2):
+        for step in (1, 2):
+            line = {"phase": f"student@0.{number}", "epoch": float(step), "step": step}
+            run.log({**line, "terms": {"loss": 1.0 / step}})
+    page.write(run)
+    caption = read(run).text["figcaption"]
+    assert "one thin line each time a network is trained" in caption
+    assert "a seed" not in caption
+
+
 def test_a_long_training_makes_no_heavy_page(make_run, tmp_path):
     run = make_run(tmp_path / "run", roles=("student",))
     for step in range(20_000):

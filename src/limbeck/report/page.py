@@ -178,20 +178,21 @@ def _thinned(line: Line) -> Line:
 
 def _curves(metrics: list[dict[str, Any]], result: Mapping[str, Any]) -> list[Section]:
     figures, metric, called = [], result["metric"]["name"], names(result)
+    seeds = max(1, len(result.get("seeds") or ()))
     validated = {
         called.get(role, role): (role, lines)
         for (role, name), lines in _lines(metrics, "validation").items()
         if name == metric  # a phase may measure something else
     }
     if validated:
-        figures.append(_validation(validated, metric))
+        figures.append(_validation(validated, metric, seeds))
     terms = _lines(metrics, "terms")
     panels = [
         _term(number, role, f"{called.get(role, role)}: {name}", lines)
         for number, ((role, name), lines) in enumerate(terms.items())
     ]
     if panels:
-        caption = "Loss terms over epochs" + _seeds_note(terms.values())
+        caption = "Loss terms over epochs" + _lines_note(terms.values(), seeds)
         if len(panels) > 1:
             caption += "; one panel a phase and term, each with its own scale"
         if len(panels) > _MOST_PANELS:
@@ -200,11 +201,15 @@ def _curves(metrics: list[dict[str, Any]], result: Mapping[str, Any]) -> list[Se
     return [Section("curves", "Training", figures)] if figures else []
 
 
-def _seeds_note(families: Iterable[list[Line]]) -> str:
-    return "; one thin line a seed" if any(len(lines) > 1 for lines in families) else ""
+def _lines_note(families: Iterable[list[Line]], seeds: int) -> str:
+    """What several lines of one colour are: its seeds, or more, as in rounds."""
+    most = max((len(lines) for lines in families), default=0)
+    if most > seeds:
+        return "; one thin line each time a network is trained"
+    return "; one thin line a seed" if most > 1 else ""
 
 
-def _validation(families: Mapping[str, tuple[str, list[Line]]], metric: str) -> Figure:
+def _validation(families: Mapping[str, tuple[str, list[Line]]], metric: str, seeds: int) -> Figure:
     def draw(axes: Axes) -> None:
         drawn: Counter[str] = Counter()
         for name, (role, lines) in families.items():
@@ -228,7 +233,7 @@ def _validation(families: Mapping[str, tuple[str, list[Line]]], metric: str) -> 
         for name, (_, lines) in families.items()
     )
     label = f"{metric} on the validation data over epochs: {ends}"
-    note = _seeds_note(lines for _, lines in families.values())
+    note = _lines_note((lines for _, lines in families.values()), seeds)
     caption = f"{metric.capitalize()} on the validation data after each epoch{note}."
     return Figure([panel("validation", label, draw, (4.2, 2.9))], caption)
 
