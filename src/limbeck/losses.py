@@ -11,6 +11,7 @@ from limbeck.systems.classification.kd import (
 from limbeck.systems.classification.ktan import discrimination, feature_distance, fooling
 from limbeck.systems.classification.nst import nst
 from limbeck.systems.continual.lwf import lwf, lwf_multilabel
+from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ensemble_targets",
     "factor_transfer",
     "feature_distance",
+    "feddf",
     "fooling",
     "kd",
     "lwf",

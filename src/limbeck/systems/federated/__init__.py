@@ -1,0 +1,1 @@
+"""Systems whose training data stay with clients."""
