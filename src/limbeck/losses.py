@@ -10,6 +10,7 @@ from limbeck.systems.classification.kd import (
 )
 from limbeck.systems.classification.ktan import discrimination, feature_distance, fooling
 from limbeck.systems.classification.nst import nst
+from limbeck.systems.compression.qkd import quantise_inputs, quantise_weights
 from limbeck.systems.continual.lwf import lwf, lwf_multilabel
 from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
@@ -28,6 +29,8 @@ __all__ = [
     "lwf_multilabel",
     "match_logits",
     "nst",
+    "quantise_inputs",
+    "quantise_weights",
     "soft_targets",
     "soften",
 ]
