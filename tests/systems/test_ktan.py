@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from limbeck import recipes
 from limbeck.catalogue import system
 from limbeck.errors import UserError
 from limbeck.losses import discrimination, feature_distance, fooling
+from limbeck.models import zoo
 from limbeck.models.plain import CNN
 from limbeck.systems.classification.ktan import ACCURACY, KTAN, Discriminator, TeacherToStudent
 from limbeck.tasks.classification import Classification
@@ -119,6 +121,31 @@ def test_identity_wants_equal_shapes():
     method = KTAN(student_layer="stage2", identity=True)
     same = Distiller(net(), net(), method, TASK, batch())(batch())
     assert same["kd"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_soft_targets_carry_the_squared_temperature():
+    found = distiller(feature=0, adversarial=0, kd=1, temperature=3.0)
+    ours, theirs = found.student.model(batch()["image"]), found.teacher.networks[0].model
+    z, t = ours.double() / 3, theirs.eval()(batch()["image"]).double() / 3
+    log_q, log_p = z.log_softmax(1), t.log_softmax(1)
+    wanted = 9 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    assert found(batch())["kd"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_maps_of_other_shapes_and_what_is_no_map_are_one_sentence():
+    with pytest.raises(UserError, match="both must be equal"):
+        feature_distance(noise(1, 2, 3, 3), noise(1, 2, 4, 4))
+    with pytest.raises(UserError, match="a discriminator judges"):
+        Distiller(net(), net(), KTAN(student_layer="fc"), TASK, batch())
+
+
+@pytest.mark.parametrize(
+    "given", [{"kd": -1}, {"temperature": 0}, {"form": "hinge"}, {"warmup": -1}, {"lambda": 1}]
+)
+def test_wrong_hyper_parameters_are_one_sentence(given):
+    with pytest.raises(UserError) as caught:
+        KTAN(**given)
+    assert "\n" not in str(caught.value)
 
 
 def loader() -> list[DataLoader]:
@@ -236,6 +263,21 @@ def test_the_paper_preset_is_trained_as_the_card_says():
     method, training = recipe.method(), recipe.student.training
     assert (method.kd, method.feature, method.adversarial, method.temperature) == (1, 1, 1e-3, 4)
     assert (training.epochs, training.milestones, training.batch_size) == (200, (100, 150), 128)
+    # CIFAR ResNets of depth 6n + 2 with projections, for 100 classes.
+    wanted = {"resnet56": 861_620, "resnet20": 278_324}
+    assert {recipe.teachers[0].model, recipe.student.model} == set(wanted)
+    for name, number in wanted.items():
+        assert sum(p.numel() for p in zoo.make(name, 100, 3, (32, 32)).parameters()) == number
+
+
+def test_the_report_shows_the_discriminators_course(tmp_path):
+    found = run(tmp_path / "run").run
+    course = [
+        m["validation"][ACCURACY] for m in found.metrics() if ACCURACY in m.get("validation", {})
+    ]
+    told = json.loads((found.path / "findings.json").read_text())["findings"][0]
+    assert told["table"][1][1:] == [f"{course[0]:.3f}", f"{course[-1]:.3f}"]
+    assert [y for _, y in told["charts"][0]["lines"]["student"]] == course
 
 
 def test_a_recipe_chooses_the_betas_of_adam():

@@ -57,7 +57,7 @@ def feature_distance(student_map: Tensor, teacher_map: Tensor) -> Tensor:
             f"the student's map has the shape {tuple(student_map.shape)}, the teacher's "
             f"{tuple(teacher_map.shape)}; both must be equal"
         )
-    precise = student_map.to(torch.promote_types(student_map.dtype, torch.float32))
+    precise = _precise(student_map)
     return F.mse_loss(precise, teacher_map.detach().to(precise))
 
 
@@ -69,10 +69,7 @@ def discrimination(real: Tensor, fake: Tensor) -> Tensor:
     >>> round(float(discrimination(torch.zeros(3), torch.zeros(3))), 6)
     1.386294
     """
-    return (
-        F.softplus(-real.float() if real.dtype != torch.float64 else -real).mean()
-        + F.softplus(fake.float() if fake.dtype != torch.float64 else fake).mean()
-    )
+    return F.softplus(-_precise(real)).mean() + F.softplus(_precise(fake)).mean()
 
 
 def fooling(fake: Tensor, form: Form = "non-saturating") -> Tensor:
@@ -83,8 +80,12 @@ def fooling(fake: Tensor, form: Form = "non-saturating") -> Tensor:
     >>> round(float(fooling(torch.zeros(3))), 6)
     0.693147
     """
-    precise = fake if fake.dtype == torch.float64 else fake.float()
+    precise = _precise(fake)
     return F.softplus(-precise).mean() if form == "non-saturating" else -F.softplus(precise).mean()
+
+
+def _precise(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 class TeacherToStudent(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from limbeck.data.data import Split
 from limbeck.errors import UserError
+from limbeck.extras import need
 from limbeck.training.network import Network
 from limbeck.training.phases import Journal, Training
 from limbeck.training.seeding import derive, seed_all
@@ -259,15 +260,8 @@ def carrier(name: Carrier) -> Carry:
     """
     if name == "own":
         return own
-    try:
-        flower = importlib.import_module("limbeck.systems.federated.feddf.flower")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "flwr":
-            raise
-        raise UserError(
-            f"the carrier {name!r} needs Flower, which is not installed; "
-            "pip install 'limbeck[federated]', or choose the carrier 'own'"
-        ) from None
+    need("flwr")
+    flower = importlib.import_module("limbeck.systems.federated.feddf.flower")
     chosen: Carry = flower.in_process if name == "flower" else flower.over_loopback
     return chosen
 
