@@ -7,6 +7,7 @@ import limbeck
 from limbeck import KD, Distiller, Method, UserError
 from limbeck.tasks.classification import Classification
 from limbeck.training.engine import Engine
+from limbeck.training.method import Supervised
 from limbeck.training.phases import Training
 from limbeck.training.task import Answer, Batch, Terms
 
@@ -79,6 +80,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     ]
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+
+
+def test_a_method_without_a_teacher_is_given_none(tmp_path):
+    done = distil(tmp_path / "run", teacher=[], method=Supervised())
+    assert set(done.result["measures"]) == {"student"}
 
 
 def test_an_ensemble_teaches(tmp_path):

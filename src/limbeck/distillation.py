@@ -145,7 +145,7 @@ def distill(
         student: the module to train, in place. With a string or :class:`Data` as data its input
             is normalised by the data's mean and deviation.
         teacher: a trained module, several (their probabilities are averaged), or a name with
-            weights such as ``"run:PATH"``.
+            weights such as ``"run:PATH"``; an empty list for a method that takes none.
         data: a source such as ``"folder:photos"``, a :class:`Data`, or your own loaders of
             (image, label) pairs: (train, test) or (train, validation, test).
         method: what to distil by; ``KD()`` if not given. Methods add up with ``+``.
@@ -186,7 +186,7 @@ def distill(
     fresh = student if isinstance(student, Network) else Network(student, input)
     view = _view(splits["train"])
     if not classes:
-        classes = tuple(str(c) for c in range(_outputs(networks[0], view)))
+        classes = tuple(str(c) for c in range(_outputs((networks or [fresh])[0], view)))
     bench = Bench(
         engine=engine,
         task=Classification(classes, device=device),
