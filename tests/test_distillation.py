@@ -1,5 +1,8 @@
+from typing import ClassVar
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -80,6 +83,33 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     ]
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+
+
+class WithAnother(Supervised):
+    """Delivers the student once more, and with it one that knows nothing."""
+
+    roles: ClassVar[dict[str, str]] = {"again": "the same again"}
+
+    def phases(self, bench):
+        yield from super().phases(bench)
+        for seed in bench.seeds:
+            bench.deliver("again", seed, bench.students[seed])
+            bench.deliver("fresh", seed, bench.make_student(seed))
+
+
+def test_further_networks_are_measured_stored_and_shown(tmp_path):
+    done = distil(tmp_path / "run", teacher=[], method=WithAnother())
+    result = done.result
+    assert set(result["measures"]) == {"student", "again", "fresh"}
+    assert result["further"]["again"] == result["student"] == result["seeds"][0]["again"]
+    assert result["further"]["fresh"] == result["measures"]["fresh"]["accuracy"]
+    assert result["teacher"] is None
+    stored = load_file(tmp_path / "run" / "again.safetensors")
+    assert all(torch.equal(stored[k], v) for k, v in done.student.state_dict().items())
+    assert set(done.further) == {"again", "fresh"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the same again: ECE" in page
+    assert "fresh: ECE" in page
 
 
 def test_a_method_without_a_teacher_is_given_none(tmp_path):

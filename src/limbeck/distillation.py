@@ -118,11 +118,15 @@ def trial_of(recipe: Recipe, path: Path, heard: Callable[[Phases], Phases]) -> N
 
 @dataclass(frozen=True)
 class Distilled:
-    """A finished distillation: the student, its run folder and the figures of ``result.json``."""
+    """A finished distillation: the student, its run folder and the figures of ``result.json``.
+
+    ``further`` holds what else the method delivers, by role.
+    """
 
     student: nn.Module
     run: Run
     result: dict[str, Any] = field(repr=False)
+    further: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
 
 def distill(
@@ -210,10 +214,11 @@ def distill(
     else:
         run = _begin(job, Path(out) if out else None, {"system": facts["system"], "seed": seed})
     trained = bench.students[seed]
+    further = {role: networks[seed].model for role, networks in bench.further.items()}
     if type(trained.model) is not type(fresh.model):  # the method delivers a make of its own
-        return Distilled(trained.model, run, run.result())
+        return Distilled(trained.model, run, run.result(), further)
     fresh.load_state_dict(trained.state_dict())
-    return Distilled(fresh.model, run, run.result())
+    return Distilled(fresh.model, run, run.result(), further)
 
 
 class Distiller(distiller.Distiller):
@@ -486,6 +491,7 @@ def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:
         "teacher": None,
         "baseline": rows[0].get("baseline"),
         "student": rows[0].get("student"),
+        "further": {role: rows[0][role] for role in bench.further if role in rows[0]},
         "parameters": {n: sum(p.parameters for p in ps) for n, ps in profiles.items()},
         "multiply_adds": {n: sum(p.multiply_adds for p in ps) for n, ps in profiles.items()},
         "bytes": {n: sum(p.bytes for p in ps) for n, ps in profiles.items()},

@@ -55,6 +55,20 @@ def test_a_model_trained_alone_is_a_model():
     assert rows(alone) == (["", "accuracy"], [["model", "50.00 %"]])
 
 
+def test_further_networks_have_rows_of_their_own_behind_the_usual_ones():
+    further = {
+        "further": {"fused": 0.97, "late": 0.5},
+        "names": {"fused": "fused classifier"},
+        "seeds": [{"seed": 0, "student": 0.95, "fused": 0.96}, {"seed": 1, "fused": 0.98}],
+        "parameters": {"student": 950, "fused": 2_000},
+    }
+    _, lines = rows({**RESULT, **further})
+    assert [line[0] for line in lines[3:]] == ["fused classifier", "late"]
+    assert lines[3][1] == "97.00 % ± 12.71 %"
+    assert lines[4][1] == "50.00 %"
+    assert (lines[3][3], lines[4][3]) == ("2.00 k", "")
+
+
 def test_other_metrics_than_accuracy_are_plain_numbers():
     _, lines = rows({"metric": {"name": "loss"}, "student": 1.23456})
     assert lines == [["model", "1.2346"]]

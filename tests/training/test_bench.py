@@ -132,3 +132,17 @@ def test_a_rival_takes_the_place_of_the_plain_student():
 def test_networks_that_learn_from_labels_alone_take_no_teacher():
     with pytest.raises(UserError, match="takes no teacher"):
         Supervised().rehearse(bench())
+
+
+def test_further_networks_are_delivered_with_the_seed_they_were_trained_with():
+    laid, fused = bench(seeds=(0, 1)), Network(Head())
+    student = laid.student(1)
+    laid.deliver("fused", 1, fused)
+    assert laid.delivered(1) == {"student": student, "fused": fused}
+    assert laid.delivered(0) == {}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher-1", "result", "", "../other", "Fused", "a b"])
+def test_a_role_that_is_no_name_of_a_file_of_its_own_is_refused(role):
+    with pytest.raises(ValueError, match="cannot be the role"):
+        bench().deliver(role, 0, Network(Head()))

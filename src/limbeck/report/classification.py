@@ -16,6 +16,7 @@ from limbeck.report.figures import (
     INK,
     LESS,
     MORE,
+    OTHER,
     Figure,
     Gallery,
     Panel,
@@ -25,7 +26,7 @@ from limbeck.report.figures import (
     panel,
     plain,
 )
-from limbeck.report.table import ROLES, names
+from limbeck.report.table import ROLES, names, roles
 from limbeck.training.run import Run
 
 if TYPE_CHECKING:
@@ -52,15 +53,15 @@ class Predictions:
 
 def sections(run: Run) -> list[Section]:
     """Calibration, confusions and examples, as far as the run recorded them."""
-    found = _read(run)
+    result = run.result()
+    found = _read(run, [*ROLES, *roles(result)])
     if found is None:
         return []
-    result = run.result()
     called = names(result)
     return [*_calibration(found, result), *_confusion(found, called), *_examples(found, called)]
 
 
-def _read(run: Run) -> Predictions | None:
+def _read(run: Run, known: Sequence[str]) -> Predictions | None:
     from safetensors import SafetensorError, safe_open
 
     path = run.path / "predictions.safetensors"
@@ -72,7 +73,7 @@ def _read(run: Run) -> Predictions | None:
     except (OSError, SafetensorError):
         return None
     prefix = "probabilities."
-    probabilities = {role: tensors[prefix + role] for role in ROLES if prefix + role in tensors}
+    probabilities = {role: tensors[prefix + role] for role in known if prefix + role in tensors}
     if "labels" not in tensors or not probabilities:
         return None
     width = next(iter(probabilities.values())).shape[1]
@@ -149,13 +150,15 @@ def _calibration(found: Predictions, result: Mapping[str, Any]) -> list[Section]
 
 
 def _draw_reliability(bins: Reliability, role: str, title: str) -> Callable[[Axes], None]:
+    colour = COLOURS.get(role, OTHER)
+
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=INK, alpha=0.45, linewidth=0.8, dashes=(4, 3))
         axes.vlines(
-            bins.confidence, bins.confidence, bins.accuracy, COLOURS[role], linewidth=1.2, alpha=0.5
+            bins.confidence, bins.confidence, bins.accuracy, colour, linewidth=1.2, alpha=0.5
         )
         sizes = 14 + 110 * np.sqrt(bins.share)
-        axes.scatter(bins.confidence, bins.accuracy, s=sizes, color=COLOURS[role], alpha=0.85)
+        axes.scatter(bins.confidence, bins.accuracy, s=sizes, color=colour, alpha=0.85)
         axes.set_xlim(-0.02, 1.05)
         axes.set_ylim(-0.02, 1.05)
         axes.set_xlabel("confidence")
@@ -314,7 +317,7 @@ def _picture(
     true = found.classes[found.labels[found.positions[place]]]
     said = [
         (called[role].removesuffix(" student"), found.classes[answers[role][place]])
-        for role in ("baseline", "student", "teacher")
+        for role in dict.fromkeys(("baseline", "student", "teacher", *answers))
         if role in answers
     ]
     return Picture(

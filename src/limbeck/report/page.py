@@ -25,7 +25,7 @@ from limbeck.report.figures import (
     plain,
     scatter,
 )
-from limbeck.report.table import ROLES, names, rows
+from limbeck.report.table import names, roles, rows
 from limbeck.report.verdict import mean_interval
 from limbeck.training.checkpoint import write_atomically
 from limbeck.training.run import Run
@@ -243,6 +243,10 @@ def _colour(role: str) -> str:
     return COLOURS.get(role.partition("-")[0], OTHER)
 
 
+def _marker(role: str) -> str:
+    return MARKERS.get(role, "^")
+
+
 def _draw_lines(
     axes: Axes, role: str, lines: list[Line], name: str | None = None, dashes: str = "-"
 ) -> None:
@@ -290,10 +294,9 @@ def _term(number: int, role: str, title: str, lines: list[Line]) -> Panel:
 def _means(result: Mapping[str, Any]) -> dict[str, float]:
     """The metric of each role, over all seeds it was trained with."""
     found = {}
-    for role in ROLES:
+    for role, value in roles(result).items():
         values = [s[role] for s in result.get("seeds") or () if s.get(role) is not None]
-        if values or result.get(role) is not None:
-            found[role], _ = mean_interval(values or [result[role]])
+        found[role], _ = mean_interval(values or [value])
     return found
 
 
@@ -313,7 +316,7 @@ def _cost(result: Mapping[str, Any]) -> list[Section]:
             continue
         said = ", ".join(f"{called[r]} {y:.4g} at {x:,.4g}" for r, (x, y) in points.items())
         label = f"{metric} against {heading}: {said}"
-        drawn = {called[r]: Point(*xy, COLOURS[r], MARKERS[r]) for r, xy in points.items()}
+        drawn = {called[r]: Point(*xy, _colour(r), _marker(r)) for r, xy in points.items()}
         panels.append(panel(f"cost{number}", label, scatter(drawn, heading, metric)))
     if not panels:
         return []
@@ -325,13 +328,13 @@ def _cost(result: Mapping[str, Any]) -> list[Section]:
 
 def _agreement(result: Mapping[str, Any]) -> list[Section]:
     agreement, called = result.get("agreement") or {}, names(result)
-    shares = {r: agreement[r] for r in ROLES if agreement.get(r) is not None}
+    shares = {r: agreement[r] for r in roles(result) if agreement.get(r) is not None}
     if not shares:
         return []
 
     def draw(axes: Axes) -> None:
         for place, (role, share) in enumerate(shares.items()):
-            axes.barh(place, share, height=0.5, color=COLOURS[role])
+            axes.barh(place, share, height=0.5, color=_colour(role))
             axes.annotate(
                 f"{100 * share:.1f} %",
                 (1.02, place),

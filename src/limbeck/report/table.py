@@ -12,6 +12,16 @@ from limbeck.report.verdict import mean_interval
 ROLES = {"teacher": "teacher", "baseline": "plain student", "student": "distilled student"}
 
 
+def roles(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metric of each network that there is, by its role; further networks come last.
+
+    >>> roles({"teacher": None, "student": 0.5, "further": {"fused": 0.6}})
+    {'student': 0.5, 'fused': 0.6}
+    """
+    usual = {role: result[role] for role in ROLES if result.get(role) is not None}
+    return usual | dict(result.get("further") or {})
+
+
 def names(result: Mapping[str, Any]) -> dict[str, str]:
     """What the roles are called: a student that was compared with nothing is just the model.
 
@@ -20,12 +30,13 @@ def names(result: Mapping[str, Any]) -> dict[str, str]:
     """
     alone = "student" in result and all(result.get(r) is None for r in ("teacher", "baseline"))
     usual = {**ROLES, "student": "model"} if alone else ROLES
-    return {**usual, **(result.get("names") or {})}
+    further = {role: role for role in result.get("further") or {}}
+    return {**usual, **further, **(result.get("names") or {})}
 
 
 def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of strings, one row a network that the run has."""
-    there = [role for role in ROLES if result.get(role) is not None]
+    there = list(roles(result))
     headings = ["", result["metric"]["name"]]
     called = names(result)
     columns = [[called[role] for role in there], [_metric(result, role) for role in there]]
@@ -46,7 +57,7 @@ def rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _metric(result: Mapping[str, Any], role: str) -> str:
     values = [s[role] for s in result.get("seeds") or () if s.get(role) is not None]
-    return measured(result["metric"]["name"], *mean_interval(values or [result[role]]))
+    return measured(result["metric"]["name"], *mean_interval(values or [roles(result)[role]]))
 
 
 def measured(metric: str, mean: float, half: float | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from limbeck.training.profiling import stretch
 from limbeck.training.progress import Voice
 from limbeck.training.task import Batch, Batches, Task, Terms
 from limbeck.training.teacher import Teacher
+
+TAKEN = ("teacher", "baseline", "student", "result", "findings", "environment", "predictions")
+"""What further networks cannot be called, as files of a run have these names."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.students: dict[int, Network] = {}
         self.baselines: dict[int, Network] = {}
+        self.further: dict[str, dict[int, Network]] = {}
         self.teacher: Teacher | None = None
         self._formats: dict[str, torch.memory_format] = {}
 
@@ -119,6 +124,22 @@ class Bench:
         """A fresh student for this seed, delivered at the end of the run."""
         self.students[seed] = self._fresh(self.make_student, seed)
         return self.students[seed]
+
+    def deliver(self, role: str, seed: int, network: Network) -> None:
+        """Have one more network of this seed measured at the end, and stored under its role.
+
+        Args:
+            role: letters, digits and hyphens; its file's name in the run folder. What people call
+                it, :attr:`Method.roles` says.
+            seed: the seed it was trained with.
+            network: it may share weights with the student.
+
+        Raises:
+            ValueError: a role that is taken, or is no file's name.
+        """
+        if role.partition("-")[0] in TAKEN or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", role):
+            raise ValueError(f"{role!r} cannot be the role of a further network")
+        self.further.setdefault(role, {})[seed] = network
 
     def _fresh(self, make: Callable[[int], Network], seed: int) -> Network:
         network = self.laid_out(make(seed))
@@ -331,7 +352,7 @@ class Bench:
         )
 
     def delivered(self, seed: int) -> dict[str, Network | Teacher]:
-        """The finished networks of a seed by role: teacher, baseline, student."""
+        """The finished networks of a seed by role: teacher, baseline, student, further ones."""
         found: dict[str, Network | Teacher] = {}
         if self.teacher is not None:
             # A method may have had it stop early.
@@ -341,4 +362,5 @@ class Bench:
             found["baseline"] = self.baselines[seed]
         if seed in self.students:
             found["student"] = self.students[seed]
-        return found
+        further = {role: trained[seed] for role, trained in self.further.items() if seed in trained}
+        return found | further

@@ -38,7 +38,8 @@ class Method(nn.Module):
     supervised loss beside the method's own terms. ``tasks`` names the tasks it can eat; empty
     means any. Where :meth:`terms` reads nothing of the teacher but its features,
     ``teacher_outputs = False`` lets the teacher stop at its last tap. ``roles`` says what
-    ``teacher``, ``baseline`` and ``student`` are called where a recipe does not.
+    ``teacher``, ``baseline``, ``student`` and further networks that the method delivers
+    (:meth:`Bench.deliver`) are called where a recipe does not.
     """
 
     tasks: tuple[str, ...] = ()
