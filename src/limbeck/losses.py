@@ -1,6 +1,7 @@
 """Every paper's losses as pure functions: tensors in, a scalar out."""
 
 from limbeck.systems.classification.factor_transfer import factor_transfer
+from limbeck.systems.classification.ffl import mutual_distillation, ramp_up, shifted_kl
 from limbeck.systems.classification.kd import (
     ensemble_targets,
     kd,
@@ -28,9 +29,12 @@ __all__ = [
     "lwf",
     "lwf_multilabel",
     "match_logits",
+    "mutual_distillation",
     "nst",
     "quantise_inputs",
     "quantise_weights",
+    "ramp_up",
+    "shifted_kl",
     "soft_targets",
     "soften",
 ]
