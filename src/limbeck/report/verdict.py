@@ -96,6 +96,18 @@ def verdict(
     )
 
 
+def said(values: Sequence[float], percent: bool = False) -> str:
+    """The mean as people read it, with half its 95 % interval where there are several values.
+
+    >>> said([0.5]), said([0.5, 0.52], percent=True)
+    ('0.5000', '51.00 % ± 12.71')
+    """
+    mean, half = mean_interval(values)
+    if percent:
+        return f"{100 * mean:.2f} %" + (f" ± {100 * half:.2f}" if half is not None else "")
+    return f"{mean:.4f}" + (f" ± {half:.4f}" if half is not None else "")
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and half the width of its 95 % interval by Student's t; ``None`` for one value.
 

@@ -29,7 +29,7 @@ from limbeck.catalogue import system
 from limbeck.errors import UserError, did_you_mean
 from limbeck.models import Input, build, zoo
 from limbeck.models.initialise import fan_out_normal
-from limbeck.report.verdict import mean_interval, verdict
+from limbeck.report.verdict import mean_interval, said, verdict
 from limbeck.training.bench import Bench
 from limbeck.training.features import reduced
 from limbeck.training.finding import Chart, Finding
@@ -711,19 +711,21 @@ class FFL(Method):
         }
         rows = [["taught", "network", bench.task.metric, "over the plain network, points"]]
         if plain:
-            rows.append(["", self.roles["baseline"], _said(plain), ""])
+            rows.append(["", self.roles["baseline"], said(plain, percent=True), ""])
         for way, networks in found.items():
             for name, values in networks.items():
                 if way == self.taught or not name.startswith("sub-network"):
-                    rows.append([WHO[way], name, _said(values), _difference(plain, values)])
+                    rows.append(
+                        [WHO[way], name, said(values, percent=True), _difference(plain, values)]
+                    )
         caption = "Accuracy on the test split; sub-network 1 is the one delivered."
         if len(bench.seeds) > 1:
             caption += " ± is half the 95 % interval over the seeds, as are the brackets."
         for way in self.rivals:
             for name in ("mean sub-network", "fused classifier"):
                 words = (f"{name} with {WHO[way]} taught", f"one with {WHO[self.taught]} taught")
-                said = verdict(found[way][name], found[self.taught][name], names=words).sentence
-                caption += f" {said[:1].upper()}{said[1:]}."
+                sentence = verdict(found[way][name], found[self.taught][name], names=words).sentence
+                caption += f" {sentence[:1].upper()}{sentence[1:]}."
         chart = _chart(bench, metrics)
         charts = [chart] if chart.lines else []
         return [Finding("Alone, together and fused", caption, rows, charts)]
@@ -766,11 +768,6 @@ def _chart(bench: Bench, metrics: Sequence[Mapping[str, Any]]) -> Chart:
     }
     there = {role: points for role, points in lines.items() if points}
     return Chart(f"Validation data, seed {seed}", "epoch", metric, there)
-
-
-def _said(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{100 * mean:.2f} %" + (f" ± {100 * half:.2f}" if half is not None else "")
 
 
 def _difference(plain: Sequence[float], values: Sequence[float]) -> str:

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
-from limbeck.report.verdict import mean_interval
+from limbeck.report.verdict import said
 from limbeck.systems.classification.kd import kd
 from limbeck.training.bench import Bench
 from limbeck.training.finding import Finding
@@ -532,18 +532,18 @@ class QKD(Method):
         full = measured("full")
         first = self.ways["full", bench.seeds[0]].model
         rows = [["way", bench.task.metric, "less than full precision", "bits"]]
-        rows.append(["student in full precision", _said(full), "", f"{size_in_bits(first):,}"])
+        rows.append(["student in full precision", said(full), "", f"{size_in_bits(first):,}"])
         for way, called in WAYS.items():
             if (way, bench.seeds[0]) in self.ways:
                 found = measured(way)
                 gaps = [a - b for a, b in zip(full, found, strict=True)]
                 size = size_in_bits(self.ways[way, bench.seeds[0]].model)
-                rows.append([called, _said(found), _said(gaps), f"{size:,}"])
+                rows.append([called, said(found), said(gaps), f"{size:,}"])
         before = bench.task.measure(bench.candidates[0].network, bench.test)[bench.task.metric]
         teachers = [
             ["teacher", bench.task.metric],
-            ["before co-study", _said([before])],
-            ["after co-study", _said(measured("teacher"))],
+            ["before co-study", said([before])],
+            ["after co-study", said(measured("teacher"))],
         ]
         caption = (
             "On the test split. Every way begins with the same student in full precision and has "
@@ -555,8 +555,3 @@ class QKD(Method):
 
 def _detached(answer: Answer) -> Answer:
     return Answer({name: t.detach() for name, t in answer.outputs.items()}, {})
-
-
-def _said(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:.4f}" + (f" ± {half:.4f}" if half is not None else "")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from limbeck.data.data import Split
 from limbeck.errors import UserError
 from limbeck.models.head import last_linear
-from limbeck.report.verdict import mean_interval
+from limbeck.report.verdict import said
 from limbeck.tasks.sequence import SequentialClassification
 from limbeck.training.bench import Bench
 from limbeck.training.finding import Finding
@@ -331,8 +331,8 @@ class LwF(Method):
                     self._accuracies(task, self.ways[way, seed][after], bench.test, after + 1)
                     for seed in bench.seeds
                 ]
-                cells = [_said(column) for column in zip(*every, strict=True)]
-                means = _said([sum(found) / len(found) for found in every])
+                cells = [said(column, percent=True) for column in zip(*every, strict=True)]
+                means = said([sum(found) / len(found) for found in every], percent=True)
                 blank = [""] * (total - after - 1)
                 rows.append([called[way], str(after + 1), *cells, *blank, means])
         caption = (
@@ -430,8 +430,3 @@ def _sequence(bench: Bench) -> SequentialClassification:
             "task: sequence, and data.sequence: 2"
         )
     return bench.task
-
-
-def _said(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{100 * mean:.2f} %" + (f" ± {100 * half:.2f}" if half is not None else "")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from limbeck.errors import UserError
 from limbeck.models.head import last_linear
 from limbeck.models.initialise import fan_out_normal
-from limbeck.report.verdict import mean_interval
+from limbeck.report.verdict import said
 from limbeck.training.bench import Bench
 from limbeck.training.finding import Chart, Finding
 from limbeck.training.method import Method, Phases
@@ -489,7 +489,7 @@ class EmbeddingDistillation(Method):
         names = {"baseline": "plain student", "student": "distilled student"}
         table = [["", *(f"at {rate:g} false accepts" for rate in RATES)]]
         for role, rows in found.items():
-            table.append([names.get(role, role), *map(_said, zip(*rows, strict=True))])
+            table.append([names.get(role, role), *map(said, zip(*rows, strict=True))])
         caption = (
             "Share of pairs of test images of one class that are accepted as such where a given "
             "share of the pairs of two classes is accepted too, by the distance of their "
@@ -555,9 +555,3 @@ def _embedding(model: nn.Module, whose: str) -> str:
             f"embedding; name the path of one with {whose}_layer, and set classifier to false"
         )
     return f"{found[0]}:input"
-
-
-def _said(values: Sequence[float]) -> str:
-    """A rate, the mean over seeds with half its interval."""
-    mean, half = mean_interval(values)
-    return f"{mean:.4f}" + (f" ± {half:.4f}" if half is not None else "")

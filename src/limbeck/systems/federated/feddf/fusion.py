@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from limbeck.data.data import Split
 from limbeck.errors import UserError
 from limbeck.models.build import build
-from limbeck.report.verdict import mean_interval
+from limbeck.report.verdict import said
 from limbeck.systems.federated.feddf import clients as federation
 from limbeck.systems.federated.feddf.clients import Carrier, Client, Order, put, weights_of
 from limbeck.tasks.classification import Classification
@@ -683,7 +683,7 @@ class FedDF(Method):
                 value = _accuracy(bench, way.ensemble, test=True)
                 columns.setdefault((f"{called}'s last ensemble", ""), []).append(value)
         rows = [["way", "network", "test accuracy"]]
-        rows += [[called, family, _said(v)] for (called, family), v in columns.items()]
+        rows += [[called, family, said(v, percent=True)] for (called, family), v in columns.items()]
         caption = (
             f"After {self.rounds} rounds. The ensemble is all clients that came back in the last "
             "round, the average what the distillation began with"
@@ -770,8 +770,3 @@ def _class_counts(ground: Ground, classes: int) -> list[list[int]]:
         assert labels is not None, "clients share out labelled samples"
         counts.append(torch.bincount(labels, minlength=classes).tolist())
     return counts
-
-
-def _said(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{100 * mean:.2f} %" + (f" ± {100 * half:.2f}" if half is not None else "")
