@@ -11,6 +11,7 @@ from limbeck import KD, Distiller, Method, UserError
 from limbeck.tasks.classification import Classification
 from limbeck.training.engine import Engine
 from limbeck.training.method import Supervised
+from limbeck.training.network import Network
 from limbeck.training.phases import Training
 from limbeck.training.task import Answer, Batch, Terms
 
@@ -65,6 +66,21 @@ class OwnPhases(Method):
         yield from ()
 
 
+class Smaller(Method):
+    """Delivers a network with fewer units, and keeps the time that its phases took."""
+
+    def phases(self, bench):
+        yield from super().phases(bench)
+        bench.students[0] = Network(net(2, 5))
+
+    def findings(self, bench, metrics):
+        self.seconds = dict(bench.seconds)
+        return []
+
+    def terms(self, student, teacher, batch):
+        return {}
+
+
 def test_any_modules_and_loaders_are_distilled_in_place(tmp_path):
     student, teacher = net(4, 1), net(16, 2)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
@@ -75,6 +91,21 @@ def test_any_modules_and_loaders_are_distilled_in_place(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert set(done.result["measures"]) == {"teacher", "baseline", "student"}
     assert done.result["student"] == done.result["measures"]["student"]["accuracy"]
+
+
+def test_a_network_of_another_shape_than_the_students_is_handed_back(tmp_path):
+    student, before = net(4, 1), net(4, 1)
+    done = distil(tmp_path / "run", student, method=Smaller())
+    assert done.student is not student
+    assert done.student[1].out_features == 2
+    assert torch.equal(student[1].weight, before[1].weight)
+
+
+def test_a_method_sees_what_its_phases_took(tmp_path):
+    method = Smaller()
+    done = distil(tmp_path / "run", method=method)
+    assert set(method.seconds) == {"baseline", "student"}
+    assert sum(method.seconds.values()) == pytest.approx(done.result["seconds"]["total"])
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):

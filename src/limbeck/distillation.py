@@ -215,7 +215,7 @@ def distill(
         run = _begin(job, Path(out) if out else None, {"system": facts["system"], "seed": seed})
     trained = bench.students[seed]
     further = {role: networks[seed].model for role, networks in bench.further.items()}
-    if type(trained.model) is not type(fresh.model):  # the method delivers a make of its own
+    if _shape(trained.model) != _shape(fresh.model):  # the method delivers a make of its own
         return Distilled(trained.model, run, run.result(), further)
     fresh.load_state_dict(trained.state_dict())
     return Distilled(fresh.model, run, run.result(), further)
@@ -408,6 +408,11 @@ def _outputs(network: Network, view: tuple[int, int, int]) -> int:
     return logits.shape[-1]
 
 
+def _shape(model: nn.Module) -> tuple[type[nn.Module], dict[str, torch.Size]]:
+    """Its class, and the shapes of its tensors by name."""
+    return type(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
 def _device(engine: Engine) -> torch.device:
     engine.settle()
     device: torch.device = PartialState(cpu=engine.on_cpu()).device
@@ -459,6 +464,7 @@ def _carry_out(job: _Job, run: Run) -> Run:
     with run.held():
         bench.voice.keep(run.path / "log.txt")
         trainer = Trainer(run, job.engine, bench.voice)
+        bench.seconds = trainer.seconds
         trainer.work(job.method.phases(bench))
         _finish(job, run, trainer.seconds)
     return run

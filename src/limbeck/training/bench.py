@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +99,7 @@ class Bench:
         self.baselines: dict[int, Network] = {}
         self.further: dict[str, dict[int, Network]] = {}
         self.teacher: Teacher | None = None
+        self.seconds: Mapping[str, float] = {}  # of the finished phases by name, if they are run
         self._formats: dict[str, torch.memory_format] = {}
 
     def label(self, name: str, seed: int) -> str:
