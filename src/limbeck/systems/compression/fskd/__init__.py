@@ -30,7 +30,7 @@ from limbeck.data.batches import ImageBatches
 from limbeck.data.data import Split
 from limbeck.errors import UserError
 from limbeck.models import profile
-from limbeck.report.verdict import mean_interval
+from limbeck.report.verdict import said
 from limbeck.systems.compression.fskd.networks import PLAIN, Plain, folded, name_of, network
 from limbeck.systems.compression.fskd.pointwise import (
     Block,
@@ -425,7 +425,7 @@ class FSKD(Method):
         numbers = sorted({number for _, number, _ in self.ways})
         heard = bench.task.measure(bench.teacher, bench.test)[metric]
         rows = [["way", "labels", *(f"{number:,} images" for number in numbers)]]
-        rows.append(["teacher, whole", "", *([_said([heard])] * len(numbers))])
+        rows.append(["teacher, whole", "", *([said([heard], percent=True)] * len(numbers))])
         lines: dict[str, list[tuple[float, float]]] = {}
         order = ("pruned", "student", "closed", "sgd", "baseline", "brief")
         there = {way for way, _, _ in self.ways}
@@ -436,7 +436,7 @@ class FSKD(Method):
                     bench.task.measure(self.ways[way, number, seed], bench.test)[metric]
                     for seed in (bench.seeds[:1] if way == "pruned" else bench.seeds)
                 ]
-                cells.append(_said(found) + self._took(bench, way, number))
+                cells.append(said(found, percent=True) + self._took(bench, way, number))
                 line = lines.setdefault(way if way in self.roles else called[way], [])
                 line.append((number, sum(found) / len(found)))
             labels = "yes" if way in ("baseline", "brief") else "no"
@@ -479,8 +479,8 @@ class FSKD(Method):
                     mean = sum(shares) / len(shares)
                     errors[key] = f"{100 * mean:.2f} %"
                     lines[line].append((place, mean))
-            said = f"{left} of {whole}" if left < whole else f"{whole}"
-            rows.append([path, said, *errors.values(), obstacle and f"whole: {obstacle}"])
+            filters = f"{left} of {whole}" if left < whole else f"{whole}"
+            rows.append([path, filters, *errors.values(), obstacle and f"whole: {obstacle}"])
         caption = (
             "Squared error of what a convolution puts out, as a share of the squares of what it "
             "was to put out, on the few images: with the blocks before it repaired, before and "
@@ -543,8 +543,3 @@ def _plan(teacher: Network, kept: Mapping[str, list[int]]) -> list[tuple[str, in
 
 def _called(network: Network) -> str:
     return network.name or type(network.model).__name__
-
-
-def _said(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{100 * mean:.2f} %" + (f" ± {100 * half:.2f}" if half is not None else "")
