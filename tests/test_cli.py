@@ -143,7 +143,7 @@ def mistakes(tmp: Path, smoke: Path) -> dict[str, tuple[list[object], str]]:
     (tmp / "file").write_text("")
     broken = ["--data", f"folder:{tmp / 'broken'}"]
     return {
-        "system": (["run", "kdd", *out], "did you mean kd?"),
+        "system": (["run", "kdd", *out], "did you mean kd or qkd?"),
         "preset": (["run", "kd", "--preset", "smke", *out], "did you mean smoke?"),
         "recipe key": ([*run, "--set", "student.trainin.epochs=1"], "did you mean training?"),
         "deep key": ([*run, "--set", "data.augment.cropp=1"], "did you mean crop?"),
