@@ -48,7 +48,7 @@ def profile(network: Network, sample: Any, latency: bool = True) -> Profile:
 
     parameters = list(network.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
-    if isinstance(sample, tuple):
+    if isinstance(sample, tuple) and all(isinstance(side, int) for side in sample):
         sample = torch.zeros(1, *sample)
     if hasattr(sample, "to"):
         sample = sample.to(device)

@@ -21,7 +21,7 @@ from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Phase, Training, Update
 from limbeck.training.profiling import stretch
 from limbeck.training.progress import Voice
-from limbeck.training.task import Batch, Batches, Task, Terms
+from limbeck.training.task import Batch, Batches, Task, Terms, moved
 from limbeck.training.teacher import Teacher
 
 TAKEN = ("teacher", "baseline", "student", "result", "findings", "environment", "predictions")
@@ -180,8 +180,7 @@ class Bench:
         """A few samples for probing shapes, on the device; of the transfer set unless told."""
         split = self.transfer if split is None else split
         loader = self.task.batches(split, batch_size=min(8, len(split)))
-        batch = next(iter(loader.epoch(0)))
-        return {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
+        return moved(next(iter(loader.epoch(0))), self.device)
 
     def distiller(self, student: Network, method: Method, seed: int = 0) -> Distiller:
         """Student, teacher and a copy of the method, its adapters shaped by a first batch."""

@@ -49,10 +49,7 @@ class Distiller(nn.Module):
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.method = method
         self.task = task
-        if method.tasks and task.name not in method.tasks:
-            raise UserError(
-                f"{type(method).__name__} works on {' and '.join(method.tasks)}, not on {task.name}"
-            )
+        method.check_task(task)
         self._taps = Taps(self.student.model, method.student_taps)
         self.teacher.tap(method.teacher_taps, outputs=method.teacher_outputs)
         if sample is not None:

@@ -13,7 +13,7 @@ from limbeck.training.finding import Finding
 from limbeck.training.network import Network
 from limbeck.training.parameters import checked
 from limbeck.training.phases import Fit, Phase, Update
-from limbeck.training.task import Answer, Batch, Terms
+from limbeck.training.task import Answer, Batch, Task, Terms
 
 if TYPE_CHECKING:
     from limbeck.training.bench import Bench
@@ -53,6 +53,13 @@ class Method(nn.Module):
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
             cls.__init__ = checked(cls.__name__, cls.__init__)  # type: ignore[method-assign]
+
+    def check_task(self, task: Task) -> None:
+        """Raise a :class:`UserError` where the method cannot eat a task."""
+        if self.tasks and task.name not in self.tasks:
+            raise UserError(
+                f"{type(self).__name__} works on {' and '.join(self.tasks)}, not on {task.name}"
+            )
 
     def build(self, student: Answer, teacher: Answer, batch: Batch) -> None:
         """Make the modules whose shapes depend on the two models, from a probe of one batch."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from limbeck.errors import UserError
@@ -149,6 +150,16 @@ class Task(ABC):
 
     def record(self, networks: Mapping[str, Network | Teacher], split: Any, folder: Path) -> None:
         """Write into ``folder`` what the report's pictures are drawn from."""
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device; who the samples are (``row``) stays where it is looked up."""
+    return {
+        name: value.to(device, non_blocking=True)
+        if isinstance(value, Tensor) and name != "row"
+        else value
+        for name, value in batch.items()
+    }
 
 
 def model_output(output: Any) -> Tensor:

@@ -28,7 +28,7 @@ from limbeck.training.progress import Voice
 from limbeck.training.run import Run
 from limbeck.training.seeding import seed_all
 from limbeck.training.signals import on_signals
-from limbeck.training.task import Batch, Terms
+from limbeck.training.task import Batch, Terms, moved
 
 LITTLE = 8 * 2**20
 """The bytes of activations below which a step is done on one thread."""
@@ -318,19 +318,11 @@ class _Fitting:
         if accelerator.num_processes > 1:
             for module in update.train.values():
                 module.to(accelerator.device).train()
-            batch = self._moved(next(self.phase.batches.epoch(0)))
+            batch = moved(next(self.phase.batches.epoch(0)), accelerator.device)
             with accelerator.autocast():
                 unused = some_unused(update, batch)
             accelerator.ddp_handler.find_unused_parameters = unused
         return _Worker(update, accelerator, self.trainer.engine)
-
-    def _moved(self, batch: Batch) -> Batch:
-        """A batch on the device; who the samples are stays where it is looked up."""
-        device = self.trainer.device
-        return {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k != "row" else v
-            for k, v in batch.items()
-        }
 
     def work(self) -> float:
         """Run to the end; returns the seconds spent, over all attempts."""
@@ -407,7 +399,7 @@ class _Fitting:
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         with stretch("data"):
             batch = next(batches, None)
-            return None if batch is None else self._moved(batch)
+            return None if batch is None else moved(batch, self.trainer.device)
 
     def _after_epoch(self) -> None:
         phase, run = self.phase, self.trainer.run

@@ -554,8 +554,7 @@ class FFL(Method):
         self.teams: dict[tuple[Taught, int], Team] = {}
 
     def rehearse(self, bench: Bench) -> None:
-        if bench.task.name not in self.tasks:
-            raise UserError(f"FFL works on {self.tasks[0]}, not on {bench.task.name}")
+        self.check_task(bench.task)
         if bench.candidates:
             raise UserError(
                 "FFL takes no teacher: its networks teach each other while they learn; leave "

@@ -27,9 +27,11 @@ from limbeck.training.distiller import Distiller
 from limbeck.training.features import check_maps
 from limbeck.training.finding import Chart, Finding
 from limbeck.training.method import Method, Phases
+from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Training, Update
 from limbeck.training.taps import Taps
-from limbeck.training.task import Answer, Batch, Terms
+from limbeck.training.task import Answer, Batch, Terms, moved
+from limbeck.training.teacher import Teacher
 
 ACCURACY = "discriminator accuracy"
 PURPOSE = "a discriminator judges"
@@ -330,20 +332,7 @@ class KTAN(Method):
 
         def evaluate() -> dict[str, float]:
             assert plainly is not None
-            was, right, seen = student.training, 0.0, 0
-            student.eval()
-            with torch.no_grad():
-                for batch in task.batches(bench.validation, batch_size=128).epoch(0):
-                    on = {
-                        k: v.to(bench.device) if isinstance(v, Tensor) and k != "row" else v
-                        for k, v in batch.items()
-                    }
-                    fake = judge(task.run(student, on, taps).features[path])
-                    real = judge(own._wanted(teacher(task, on)))
-                    right += float((fake < 0).sum() + (real > 0).sum())
-                    seen += 2 * len(fake)
-            student.train(was)
-            return {**plainly(), ACCURACY: right / seen}
+            return {**plainly(), ACCURACY: own._discerned(bench, student, teacher, taps)}
 
         settings = Training(
             optimiser="adam",
@@ -366,6 +355,22 @@ class KTAN(Method):
         fit.evaluate = None if plainly is None else evaluate
         yield fit
         taps.remove()
+
+    @torch.no_grad()
+    def _discerned(self, bench: Bench, student: Network, teacher: Teacher, taps: Taps) -> float:
+        """The share of validation maps whose origin the discriminator tells."""
+        judge, path, task = self.discriminator, self.student_taps[0], bench.task
+        assert judge is not None
+        was_training, right, seen = student.training, 0, 0
+        student.eval()
+        for batch in task.batches(bench.validation, batch_size=128).epoch(0):
+            batch = moved(batch, bench.device)
+            fake = judge(task.run(student, batch, taps).features[path])
+            real = judge(self._wanted(teacher(task, batch)))
+            right += int((fake < 0).sum() + (real > 0).sum())
+            seen += 2 * len(fake)
+        student.train(was_training)
+        return right / seen
 
     def findings(self, bench: Bench, metrics: Sequence[Mapping[str, Any]]) -> list[Finding]:
         """How well the discriminator told the maps of validation data apart."""

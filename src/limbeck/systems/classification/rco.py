@@ -32,7 +32,7 @@ from limbeck.training.features import meeting, reduced
 from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Journal, Phase, Solve, Update
-from limbeck.training.task import Answer, Batch, Terms
+from limbeck.training.task import Answer, Batch, Terms, moved
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -288,7 +288,7 @@ def _loss(bench: Bench, distiller: Distiller) -> float:
     distiller.student.eval()
     total, number = 0.0, 0
     for batch in bench.task.batches(bench.validation, batch_size=256).epoch(0):
-        batch = {k: v.to(bench.device) if hasattr(v, "to") else v for k, v in batch.items()}
+        batch = moved(batch, bench.device)
         size = len(batch["label"])
         total += float(distiller(batch)["anchor"]) * size
         number += size

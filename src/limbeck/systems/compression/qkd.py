@@ -31,7 +31,7 @@ from limbeck.training.finding import Finding
 from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Training, Update
-from limbeck.training.task import Answer, Batch, Terms
+from limbeck.training.task import Answer, Batch, Terms, moved
 
 Bits = Annotated[int, Field(ge=2, le=16)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -475,8 +475,8 @@ class QKD(Method):
         # A library's network has no name under which its quantised form could be built again.
         own = full.name and ":" not in full.name
         found.name = f"qkd-w{self.weights}a{self.inputs}{edges}-{full.name}" if own else ""
-        sample = next(bench.batches(bench.training.batch_size, bench.seeds[0]).epoch(0))
-        sample = {k: v.to(bench.device) if hasattr(v, "to") else v for k, v in sample.items()}
+        first = next(bench.batches(bench.training.batch_size, bench.seeds[0]).epoch(0))
+        sample = moved(first, bench.device)
         calibrate(found, lambda: bench.task.run(found, sample), self.start == "error")
         found.compile_model(bench.engine.compile)
         return found

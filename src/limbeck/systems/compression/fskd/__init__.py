@@ -166,8 +166,7 @@ class FSKD(Method):
                 f"the student is one teacher, pruned, but {len(bench.candidates)} teachers were "
                 "given; name one with --teacher"
             )
-        if bench.task.name not in self.tasks:
-            raise UserError(f"FSKD works on {self.tasks[0]}, not on {bench.task.name}")
+        self.check_task(bench.task)
         if not isinstance(bench.transfer, Split):
             raise UserError(
                 "a few images are chosen from a set in memory or by name; give the data by name "

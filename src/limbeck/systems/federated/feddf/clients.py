@@ -19,7 +19,7 @@ from limbeck.extras import need
 from limbeck.training.network import Network
 from limbeck.training.phases import Journal, Training
 from limbeck.training.seeding import derive, seed_all
-from limbeck.training.task import Batch, Task
+from limbeck.training.task import Task, moved
 
 Carrier = Literal["own", "flower", "loopback"]
 GROUP = 10
@@ -202,7 +202,7 @@ class Client:
                 seed_all(self.seed, self.number, shown, step)
                 for group in optimiser.param_groups:
                     group["lr"] = settings.lr * settings.factor(epoch + step / len(batches))
-                batch = _moved(batch, self.device)
+                batch = moved(batch, self.device)
                 loss = self.task.loss(self.task.run(network, batch), batch)
                 losses.append(loss.detach())
                 if order.proximal:
@@ -224,12 +224,6 @@ def proximal(parameters: Sequence[Tensor], anchor: Sequence[Tensor], mu: float) 
     """
     distances = [(p - a).square().sum() for p, a in zip(parameters, anchor, strict=True)]
     return mu / 2 * torch.stack(distances).sum()
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return {
-        k: v.to(device) if isinstance(v, Tensor) and k != "row" else v for k, v in batch.items()
-    }
 
 
 class Carry(Protocol):

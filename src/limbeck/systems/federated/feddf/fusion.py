@@ -363,7 +363,7 @@ class FedDF(Method):
     # What is found out before anything is trained.
 
     def rehearse(self, bench: Bench) -> None:
-        _task(bench)
+        self.check_task(bench.task)
         if bench.candidates:
             raise UserError(
                 "the teachers of a federation are its clients, which are trained in the run; leave "
@@ -712,8 +712,7 @@ class FedDF(Method):
 
 
 def _task(bench: Bench) -> Classification:
-    if not isinstance(bench.task, Classification) or bench.task.name not in FedDF.tasks:
-        raise UserError(f"FedDF works on {' and '.join(FedDF.tasks)}, not on {bench.task.name}")
+    assert isinstance(bench.task, Classification), "it was found out at the rehearsal"
     return bench.task
 
 
