@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models import alexnet as torchvision_alexnet
 from torchvision.transforms.v2 import functional as tv
 
+from carrying import noise
 from limbeck import recipes
 from limbeck.catalogue import system
 from limbeck.data.augment import Augment
@@ -45,10 +46,6 @@ from limbeck.training.trainer import Trainer
 
 LAYERS = ["stage1.conv", "stage2.conv", "stage3.conv", "stage4.conv", "stage5.conv"]
 LAYERS += ["head.fc6", "head.fc7", "head.fc8"]
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def weightless(name: str, size: tuple[int, int] = (227, 227), classes: int = 1000) -> nn.Module:

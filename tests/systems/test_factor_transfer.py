@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import limbeck
+from carrying import noise
 from limbeck import recipes
 from limbeck.catalogue import system
 from limbeck.errors import UserError
@@ -22,10 +23,6 @@ from limbeck.training.distiller import Distiller
 from limbeck.training.engine import Engine
 from limbeck.training.phases import Training
 from limbeck.training.task import Answer
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def net(widths=(4, 6), seed: int = 0) -> nn.Module:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from carrying import carry_out, noise, same
 from limbeck import KD, recipes
 from limbeck.catalogue import system
 from limbeck.data.augment import Augment
@@ -33,19 +34,12 @@ from limbeck.training.bench import Bench, Candidate
 from limbeck.training.engine import Engine
 from limbeck.training.network import Network
 from limbeck.training.phases import Training
-from limbeck.training.progress import Voice
-from limbeck.training.run import Run
-from limbeck.training.trainer import Trainer
 
 CPU = Engine(device="cpu", checkpoint_seconds=0.0, channels_last=False, threads=1)
 TARGETS = ("avg_logits", "avg_probs", "avg_losses")
 with_flower = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None, reason="Flower is not installed"
 )
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # The loss.
@@ -412,26 +406,7 @@ SMALL = {
 
 def run(path, method, laid=None, look=None):
     laid = laid or bench()
-    folder = Run.open(path) if path.exists() else Run.create(path, {"test": True})
-
-    def watched(phases):
-        found = None
-        while True:
-            try:
-                phase = phases.send(found)
-            except StopIteration:
-                return
-            if look is not None:
-                look(phase)
-            found = yield phase
-
-    Trainer(folder, CPU, Voice(quiet=True)).work(watched(method.phases(laid)))
-    return laid, folder
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    one, other = one.state_dict(), other.state_dict()
-    return all(torch.equal(one[k], other[k]) for k in one)
+    return laid, carry_out(path, method, laid, look)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import limbeck
+from carrying import carry_out, noise, same
 from limbeck import KD, recipes
 from limbeck.catalogue import system
 from limbeck.data.augment import Augment
@@ -41,19 +42,12 @@ from limbeck.training.engine import Engine
 from limbeck.training.folding import fold_batch_norm
 from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Solve, Training
-from limbeck.training.progress import Voice
-from limbeck.training.run import Run
-from limbeck.training.trainer import Trainer
 
 CPU = Engine(device="cpu")
 CAREFUL = Engine(device="cpu", checkpoint_seconds=0.0)
 GREY = Input(1, (8, 8), (0.5,), (0.25,))
 CLASSES = tuple("abc")
 TASK = Classification(CLASSES)
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -555,30 +549,9 @@ def bench(**given) -> Bench:
     return Bench(**given)
 
 
-def run(path, method, laid=None, look=None, engine=CPU):
+def run(path, method, laid=None, look=None, engine=None):
     laid = laid or bench()
-    folder = Run.open(path) if path.exists() else Run.create(path, {"test": True})
-    trainer = Trainer(folder, engine, Voice(quiet=True))
-
-    def watched(phases):
-        found = None
-        while True:
-            try:
-                phase = phases.send(found)
-            except StopIteration:
-                return
-            if look is not None:
-                look(phase)
-            found = yield phase
-
-    laid.seconds = trainer.seconds
-    trainer.work(watched(method.phases(laid)))
-    return laid, folder
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return laid, carry_out(path, method, laid, look, engine)
 
 
 FEW = {"samples": 20, "others": (40,), "layers": (1, 4, 5, 6)}

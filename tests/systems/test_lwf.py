@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from carrying import carry_out, same
 from limbeck import KD, recipes
 from limbeck.catalogue import system
 from limbeck.data.augment import Augment
@@ -18,9 +19,6 @@ from limbeck.training.bench import Bench, Candidate
 from limbeck.training.engine import Engine
 from limbeck.training.network import Network
 from limbeck.training.phases import Training
-from limbeck.training.progress import Voice
-from limbeck.training.run import Run
-from limbeck.training.trainer import Trainer
 
 CPU = Engine(device="cpu", checkpoint_seconds=0.0, channels_last=False)
 
@@ -163,26 +161,7 @@ def bench(**given) -> Bench:
 
 def run(path, method, laid=None, look=None):
     laid = laid or bench()
-    folder = Run.open(path) if path.exists() else Run.create(path, {"test": True})
-
-    def watched(phases):
-        found = None
-        while True:
-            try:
-                phase = phases.send(found)
-            except StopIteration:
-                return
-            if look is not None:
-                look(phase)
-            found = yield phase
-
-    Trainer(folder, CPU, Voice(quiet=True)).work(watched(method.phases(laid)))
-    return laid, folder
-
-
-def same(one, other) -> bool:
-    one, other = one.state_dict(), other.state_dict()
-    return all(torch.equal(one[k], other[k]) for k in one)
+    return laid, carry_out(path, method, laid, look)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from carrying import noise
 from limbeck import distillation, recipes
 from limbeck.catalogue import system
 from limbeck.errors import UserError
@@ -38,10 +39,6 @@ from limbeck.training.trainer import Trainer
 
 CPU = Engine(device="cpu", checkpoint_seconds=0.0)
 QUICK = Training(epochs=1, lr=0.05)
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def net(widths=(4, 6, 6), seed: int = 0) -> nn.Module:

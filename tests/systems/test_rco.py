@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import limbeck
+from carrying import carry_out
 from limbeck import KD, recipes
 from limbeck.catalogue import system
 from limbeck.errors import UserError
@@ -66,19 +67,11 @@ def run(path, method, laid: Bench | None = None):
     laid = laid or bench()
     seen = []
 
-    def watched(phases):
-        found = None
-        while True:
-            try:
-                phase = phases.send(found)
-            except StopIteration:
-                return
-            weights = copy.deepcopy(laid.students[0].state_dict()) if laid.students else None
-            seen.append((phase, weights))
-            found = yield phase
+    def look(phase):
+        weights = copy.deepcopy(laid.students[0].state_dict()) if laid.students else None
+        seen.append((phase, weights))
 
-    folder = Run.open(path) if path.exists() else Run.create(path, {"test": True})
-    Trainer(folder, CPU, Voice(quiet=True)).work(watched(method.phases(laid)))
+    folder = carry_out(path, method, laid, look)
     return laid, seen, folder
 
 
