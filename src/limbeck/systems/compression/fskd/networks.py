@@ -1,4 +1,4 @@
-"""The paper's plain networks, and any network with fewer filters, by name."""
+"""Plain networks such as the paper's VGG-16, and any network with fewer filters, by name."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Plain(nn.Module):
 
 
 def network(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
-    """A plain network of the paper, or any network with fewer filters.
+    """A plain network, or any network with fewer filters.
 
     Args:
         name: ``fskd-plain6``, ``fskd-plain6x2``, ``fskd-plain16``, each also with ``-bn``; or
