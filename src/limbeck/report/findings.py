@@ -56,6 +56,8 @@ def _section(number: int, found: Mapping[str, Any], called: Mapping[str, str]) -
 
 
 def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> Panel:
+    from matplotlib.ticker import MaxNLocator
+
     said = _legend(chart["lines"], called)
 
     def draw(axes: Axes) -> None:
@@ -71,6 +73,9 @@ def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> 
         axes.set_xlabel(plain(chart["x"]))
         axes.set_ylabel(plain(chart["y"]))
         axes.margins(x=0.02)
+        # Rounds and epochs come whole.
+        if all(float(x).is_integer() for points in chart["lines"].values() for x, _ in points):
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         grid(axes)
         if len(chart["lines"]) > 1:
             columns = 3 if max(map(len, said.values())) < 12 else 1

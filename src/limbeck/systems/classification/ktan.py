@@ -381,11 +381,17 @@ class KTAN(Method):
                 lines.setdefault(line["phase"], []).append((line["epoch"], value))
         if not lines:
             return []
-        chart = Chart("Held-out accuracy", "epoch", "accuracy", lines)
+        means = [
+            (epochs[0][0], sum(value for _, value in epochs) / len(epochs))
+            for epochs in zip(*lines.values(), strict=True)
+        ]
+        chart = Chart("Held-out accuracy", "epoch", "accuracy", {"student": means})
         caption = (
             "Share of validation maps whose origin the discriminator told rightly; 0.5 is a guess, "
             "1 means that student and teacher are easily told apart."
         )
+        if len(lines) > 1:
+            caption += " Drawn is the mean over the seeds."
         table = [
             ["phase", "first epoch", "last epoch"],
             *([name, f"{p[0][1]:.3f}", f"{p[-1][1]:.3f}"] for name, p in lines.items()),
