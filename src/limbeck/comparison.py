@@ -37,7 +37,6 @@ from limbeck.recipes import (
 from limbeck.report import leaderboard
 from limbeck.report.leaderboard import Leaderboard
 from limbeck.training.checkpoint import write_atomically
-from limbeck.training.method import Supervised
 from limbeck.training.progress import Voice
 from limbeck.training.run import RECIPE, RESULT, Run
 from limbeck.training.signals import on_signals
@@ -102,7 +101,7 @@ def plan(
     if len(parts) < len(systems):
         raise UserError("a system is named twice; its seeds would be the same")
     for part in (part for names in parts.values() for part in names):
-        if issubclass(method_class(part), Supervised):
+        if not method_class(part).takes_teacher:
             raise UserError(
                 f"{part} takes no teacher, and what is compared here is what a teacher is worth; "
                 f"run it alone: limbeck run {part}"

@@ -37,7 +37,8 @@ class Method(nn.Module):
     are checked, from a recipe and from Python alike. ``label_weight`` is the weight of the
     supervised loss beside the method's own terms. ``tasks`` names the tasks it can eat; empty
     means any. Where :meth:`terms` reads nothing of the teacher but its features,
-    ``teacher_outputs = False`` lets the teacher stop at its last tap. ``roles`` says what
+    ``teacher_outputs = False`` lets the teacher stop at its last tap. ``takes_teacher = False``
+    says that there is none. ``roles`` says what
     ``teacher``, ``baseline``, ``student`` and further networks that the method delivers
     (:meth:`Bench.deliver`) are called where a recipe does not.
     """
@@ -47,6 +48,7 @@ class Method(nn.Module):
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     teacher_outputs: bool = True
+    takes_teacher: bool = True
     roles: Mapping[str, str] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,6 +132,8 @@ class Method(nn.Module):
 
 class Supervised(Method):
     """No distillation: the student learns from labels alone, as does its rival if it has one."""
+
+    takes_teacher = False
 
     def rehearse(self, bench: Bench) -> None:
         if bench.candidates:

@@ -515,6 +515,7 @@ class FFL(Method):
     """
 
     tasks = ("classification",)
+    takes_teacher = False
     roles: Mapping[str, str] = {
         "baseline": "plain network",
         "student": "sub-network",

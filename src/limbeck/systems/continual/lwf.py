@@ -150,6 +150,7 @@ class LwF(Method):
     """
 
     tasks = ("sequence",)
+    takes_teacher = False
     roles: Mapping[str, str] = {"baseline": "fine-tuning", "student": "learning without forgetting"}
 
     def __init__(

@@ -295,6 +295,7 @@ class FedDF(Method):
     """
 
     tasks = ("classification",)
+    takes_teacher = False
     roles: Mapping[str, str] = {"baseline": "FedAvg", "student": "FedDF"}
 
     def __init__(
