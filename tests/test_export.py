@@ -109,6 +109,19 @@ def test_safetensors_hold_the_weights_as_they_are(run, exported):
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
+def test_packed_weights_of_two_bits_take_a_sixteenth_and_answer_the_same(tmp_path):
+    digits = data.load("digits")
+    input = Input(1, (8, 8), digits.mean, digits.std)
+    student = Student(build("qkd-w2a4-cnn-16-32-64", digits.classes, input, seed=0))
+    found = write(student, gather(digits, input, {}), tmp_path, "packed")
+    assert found.largest_difference == 0
+    whole = student.network.model.state_dict()
+    inner = "stage2.1.weight"
+    ours = load_file(tmp_path / "student.safetensors")
+    assert ours[inner].numel() * 16 == whole[inner].numel() * 4
+    assert found.bytes < found.student_bytes / 4
+
+
 @ONNX
 def test_a_student_of_timm_predicts_the_same_in_onnx(tmp_path):
     pytest.importorskip("timm")
@@ -204,6 +217,7 @@ def test_every_mistake_is_one_sentence_and_leaves_nothing_behind(
         "format": ([run, "--format", "onxx"], "did you mean onnx?"),
         "bits": ([run, *onnx, "--quantize", "int4"], "takes int8, not 'int4'"),
         "quantize": ([run, *safe, "--quantize", "int8"], "goes with --format onnx only"),
+        "no bits": ([run, "--format", "packed"], "no weights of few bits to pack"),
         "packages": ([run, *onnx], "pip install 'limbeck[export]'"),
         "full": ([run, *safe, "--out", tmp_path / "full"], "is not empty"),
     }

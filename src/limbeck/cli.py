@@ -427,7 +427,7 @@ def report(folder: Path) -> None:
 @app.command(epilog="Example: limbeck export runs/photos --format onnx --quantize int8")
 def export(
     run: Annotated[str, typer.Argument(help="a finished run: its folder or run:PATH")],
-    format: Annotated[str, typer.Option(help="onnx, torch-export or safetensors")],
+    format: Annotated[str, typer.Option(help="onnx, torch-export, safetensors or packed")],
     quantize: Annotated[str | None, typer.Option(help="int8, with onnx only")] = None,
     out: Annotated[Path | None, typer.Option(help="a folder, new or empty")] = None,
     as_json: Json = False,

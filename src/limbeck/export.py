@@ -40,10 +40,16 @@ FILES = {
     "onnx": "student.onnx",
     "torch-export": "student.pt2",
     "safetensors": "student.safetensors",
+    "packed": "student.safetensors",
 }
 """The formats, and the file that each writes."""
 
-LIBRARIES = {"onnx": "onnx", "torch-export": "pytorch", "safetensors": "limbeck"}
+LIBRARIES = {
+    "onnx": "onnx",
+    "torch-export": "pytorch",
+    "safetensors": "limbeck",
+    "packed": "limbeck",
+}
 """What a model card names as the library that loads the file."""
 
 HUB = {
@@ -159,11 +165,12 @@ def export(
 
     The exported function has the student's normalisation within: images (B, C, H, W) in [0, 1] at
     the network's own size go in, for any B, and logits come out. Safetensors hold the student's own
-    weights under their own names, for :func:`limbeck.models.load`.
+    weights under their own names, for :func:`limbeck.models.load`; ``packed`` are safetensors with
+    quantised weights in as few bits as they have.
 
     Args:
         run: a finished run, as a path or ``run:PATH``.
-        format: ``onnx``, ``torch-export`` or ``safetensors``.
+        format: ``onnx``, ``torch-export``, ``safetensors`` or ``packed``.
         quantize: ``int8`` for 8-bit weights and activations, with ``onnx`` only.
         out: the folder; ``export-FORMAT`` in the run folder if not given.
 
@@ -239,8 +246,8 @@ def write(
     """
     network = student.network
     file = folder / FILES[format]
-    if format == "safetensors":
-        save(network, folder / "student", {})
+    if LIBRARIES[format] == "limbeck":
+        save(network, folder / "student", {}, packed=format == "packed")
     else:
         facts = {**network.facts(), "model": _architecture(network.name)}
         text = json.dumps(facts, indent=2)
@@ -292,7 +299,7 @@ def write(
 
 def loaded(file: Path, format: str) -> Classifier:
     """What an exported file answers, run by the library that it is for."""
-    if format == "safetensors":
+    if LIBRARIES[format] == "limbeck":
         return Student(load(file))
     if format == "torch-export":
         module = torch.export.load(str(file)).module()
@@ -489,7 +496,7 @@ def snippet(format: str, input: Input, folder: str) -> str:
     height, width = input.size
     mode = "L" if input.channels == 1 else "RGB"
     place = f"Path({folder!r})"
-    if format == "safetensors":
+    if LIBRARIES[format] == "limbeck":
         return "\n".join(
             [
                 "from pathlib import Path",

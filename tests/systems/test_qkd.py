@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load as read
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,17 +15,15 @@ from limbeck.errors import UserError
 from limbeck.losses import kd, quantise_inputs, quantise_weights
 from limbeck.models import Input, build, load, save
 from limbeck.models.plain import CNN
+from limbeck.models.weights import fit, to_bytes
 from limbeck.systems.compression.qkd import (
     QKD,
     QuantisedConv2d,
     QuantisedLinear,
     calibrate,
     layers,
-    packed,
     quantised,
     size_in_bits,
-    unpack,
-    write_packed,
 )
 from limbeck.tasks.classification import Classification
 from limbeck.training.bench import Bench, Candidate, Rival
@@ -207,25 +205,34 @@ def test_the_size_is_the_sum_of_all_bits():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 16])
-def test_packed_weights_reproduce_the_logits(tmp_path, bits):
+def test_packed_weights_reproduce_the_logits(bits):
     model = quantised(net(), bits, 4)
     x = noise(8, 1, 8, 8, dtype=torch.float32)
     calibrate(model, lambda: model(x), least_error=True)
     model.eval()
-    write_packed(Network(model), tmp_path / "student.safetensors")
-    state = load_file(tmp_path / "student.safetensors")
+    state = read(to_bytes(model, packed=True))
     inner = list(layers(model))[1]
     number = layers(model)[inner].weight.numel()
     assert state[f"{inner}.weight"].dtype == torch.uint8
     assert len(state[f"{inner}.weight"]) == -(-number * bits // 8)
     other = quantised(net(seed=5), bits, 4).eval()
-    unpack(other, state)
+    fit(other, state, "student.safetensors")
     assert torch.equal(other(x), model(x))
 
 
+def test_two_bits_lie_in_a_byte_from_its_highest_on():
+    model = quantised(nn.Sequential(nn.Linear(5, 1, bias=False)), 2, 2, edges=2)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -1.0, 0.0, 0.9, -0.1]]))
+        model[0].weight_interval.fill_(1.0)
+    # Levels 1, -1, 0, 1, 0 as 10 00 01 10, 01 and three empty pairs.
+    assert read(to_bytes(model, packed=True))["0.weight"].tolist() == [0b10000110, 0b01000000]
+
+
 def test_packed_weights_of_another_model_are_one_sentence():
+    state = read(to_bytes(quantised(net(), 4, 2), packed=True))
     with pytest.raises(UserError, match="is not stored as"):
-        unpack(quantised(net(), 2, 2), packed(quantised(net(), 4, 2)))
+        fit(quantised(net(), 2, 2), state, "student.safetensors")
 
 
 DIGITS = Input(1, (8, 8), (0.3,), (0.4,))

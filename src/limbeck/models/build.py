@@ -73,7 +73,9 @@ def build(spec: str, classes: Sequence[str], input: Intake, seed: int | None = N
     return libraries.network(order, seed, state, file)
 
 
-def save(network: Network, path_without_suffix: Path, extra: dict[str, Any]) -> None:
+def save(
+    network: Network, path_without_suffix: Path, extra: dict[str, Any], packed: bool = False
+) -> None:
     """Write PATH.safetensors and, beside it, PATH.json: how to build the model again, and SHA-256.
 
     The tensors carry the model's own names. Each file is put in place in one move.
@@ -82,9 +84,10 @@ def save(network: Network, path_without_suffix: Path, extra: dict[str, Any]) -> 
         network: what to write.
         path_without_suffix: where; folders are made.
         extra: more facts for the JSON file; plain values.
+        packed: quantised weights in as few bits as they have.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or there is nothing to pack.
 
     Example:
         >>> import tempfile
@@ -99,7 +102,7 @@ def save(network: Network, path_without_suffix: Path, extra: dict[str, Any]) -> 
     from limbeck.models import weights
     from limbeck.training.checkpoint import write_atomically
 
-    content = weights.to_bytes(network.model)
+    content = weights.to_bytes(network.model, packed)
     facts = {**extra, **network.facts(), "sha256": hashlib.sha256(content).hexdigest()}
     if network.name.startswith("hf:"):
         config: Any = network.model.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,22 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+
+
+class Packs(nn.Module):
+    """A layer whose weights take few values and so can be stored in few bits."""
+
+    @abstractmethod
+    def pack(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Put the few bits in the place of the weights; the layer's names begin with ``prefix``."""
+
+    @abstractmethod
+    def unpack(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Put the weights back in their place, if it holds few bits.
+
+        Raises:
+            UserError: they are another layer's.
+        """
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -59,12 +76,16 @@ def fit(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     Raises:
         UserError: tensors are missing, surplus, of another shape, or hold NaN or infinity.
 
+    What :class:`Packs` layers have packed is unpacked.
+
     Example:
         >>> fit(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, "w.pt")
         Traceback (most recent call last):
         limbeck.errors.UserError: w.pt does not fit the model: missing bias
     """
-    own = model.state_dict()
+    own, state = model.state_dict(), dict(state)
+    for prefix, layer in _packing(model).items():
+        layer.unpack(state, prefix)
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
@@ -96,19 +117,42 @@ def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
             )
 
 
-def to_bytes(model: nn.Module) -> bytes:
+def to_bytes(model: nn.Module, packed: bool = False) -> bytes:
     """A model's state dict in the safetensors format.
+
+    Args:
+        packed: weights of :class:`Packs` layers in few bits.
+
+    Raises:
+        UserError: there is nothing to pack.
 
     >>> sorted(load(to_bytes(nn.Linear(2, 1))))
     ['bias', 'weight']
     """
     # The format knows neither strides nor shared storage: a tied tensor is written twice.
-    return save(
-        {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in model.state_dict().items()
-        }
-    )
+    state = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    if packed:
+        layers = _packing(model)
+        if not layers:
+            raise UserError(
+                "there are no weights of few bits to pack; a quantised student, as of limbeck run "
+                "qkd, has some, and every student can be exported as safetensors or onnx"
+            )
+        for prefix, layer in layers.items():
+            layer.pack(state, prefix)
+    return save(state)
+
+
+def _packing(model: nn.Module) -> dict[str, Packs]:
+    """The layers that pack, by what the names of their tensors begin with."""
+    return {
+        f"{path}." if path else "": layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, Packs)
+    }
 
 
 def first_line(error: BaseException) -> str:

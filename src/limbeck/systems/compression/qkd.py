@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.models.weights import Packs
 from limbeck.report.verdict import said
 from limbeck.systems.classification.kd import kd
 from limbeck.training.bench import Bench
@@ -92,7 +92,7 @@ def _positive(interval: Tensor) -> Tensor:
     return interval.clamp_min(LEAST).detach() + (interval - interval.detach())
 
 
-class _Quantised(nn.Module):
+class _Quantised(Packs):
     """What both kinds of layers share: full-precision weights, two intervals, and their bits."""
 
     weight: Tensor
@@ -118,6 +118,28 @@ class _Quantised(nn.Module):
         x, interval = x.to(self.weight.dtype), _positive(self.input_interval)
         with_sign = quantise_weights(x, interval, self.input_bits)
         return torch.where(self.signed, with_sign, quantise_inputs(x, interval, self.input_bits))
+
+    def pack(self, state: dict[str, Tensor], prefix: str) -> None:
+        """A level r of k bits is stored as r + 2^(k-1) - 1, bit after bit from a byte's highest."""
+        name, bits, steps = f"{prefix}weight", self.weight_bits, 2 ** (self.weight_bits - 1) - 1
+        interval = _positive(state[f"{prefix}weight_interval"])
+        levels = (steps * (state[name] / interval).clamp(-1, 1)).round().long() + steps
+        digits = (levels.flatten()[:, None] >> torch.arange(bits - 1, -1, -1)) & 1
+        state[name] = torch.from_numpy(np.packbits(digits.to(torch.uint8).numpy().reshape(-1)))
+
+    def unpack(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Levels times interval over their number, as :func:`quantise_weights` gives them."""
+        name, interval = f"{prefix}weight", state.get(f"{prefix}weight_interval")
+        found, bits, number = state.get(name), self.weight_bits, self.weight.numel()
+        if found is None or found.dtype != torch.uint8 or interval is None:
+            return
+        if found.shape != (-(-number * bits // 8),):
+            raise UserError(f"{name} is not stored as {number:,} weights of {bits} bits")
+        digits = np.unpackbits(found.numpy(), count=number * bits).reshape(number, bits)
+        steps = 2 ** (bits - 1) - 1
+        levels = digits.astype(np.int64) @ 2 ** np.arange(bits - 1, -1, -1) - steps
+        whole = torch.from_numpy(levels).to(interval.dtype).view(self.weight.shape)
+        state[name] = _positive(interval) * whole / steps
 
 
 class QuantisedConv2d(nn.Conv2d, _Quantised):
@@ -233,57 +255,6 @@ def size_in_bits(model: nn.Module) -> int:
     bits = {id(layer.weight): layer.weight_bits for layer in layers(model).values()}
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     return sum(t.numel() * bits.get(id(t), 32) for t in tensors)
-
-
-def packed(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state with the quantised weights as integers, bit after bit.
-
-    A level r of k bits is stored as r + 2^(k-1) - 1; bytes are filled from the highest bit.
-    """
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    for path, layer in layers(model).items():
-        steps = 2 ** (layer.weight_bits - 1) - 1
-        interval = _positive(layer.weight_interval.detach())
-        levels = (steps * (layer.weight.detach() / interval).clamp(-1, 1)).round().long() + steps
-        shifts = torch.arange(layer.weight_bits - 1, -1, -1, device=levels.device)
-        bits = ((levels.flatten()[:, None] >> shifts) & 1).to(torch.uint8).cpu().numpy()
-        state[f"{path}.weight"] = torch.from_numpy(np.packbits(bits.reshape(-1)))
-    return state
-
-
-@torch.no_grad()
-def unpack(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a quantised model what :func:`packed` made of one with the same layers.
-
-    Raises:
-        UserError: the state is another model's.
-    """
-    state = dict(state)
-    for path, layer in layers(model).items():
-        name, bits, number = f"{path}.weight", layer.weight_bits, layer.weight.numel()
-        if name not in state or len(state[name]) != -(-number * bits // 8):
-            raise UserError(f"{name} is not stored as {number} weights of {bits} bits")
-        flat = np.unpackbits(state[name].numpy(), count=number * bits).reshape(number, bits)
-        powers = 2 ** np.arange(bits - 1, -1, -1)
-        steps = 2 ** (bits - 1) - 1
-        levels = torch.from_numpy(flat.astype(np.int64) @ powers - steps).view(layer.weight.shape)
-        interval = _positive(state[f"{path}.weight_interval"])
-        state[name] = interval * levels.to(interval.dtype) / steps
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise UserError(f"the packed weights do not fit the model: {first}") from None
-
-
-def write_packed(network: Network, file: Path) -> None:
-    """Write :func:`packed` weights as one .safetensors file."""
-    from safetensors.torch import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(packed(network.model), str(file))
 
 
 def network(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
