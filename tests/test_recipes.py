@@ -12,6 +12,12 @@ from limbeck.training.method import Method, Supervised
 MINIMAL = {"system": "kd", "data": {"source": "digits"}, "student": {"model": "mlp-8"}}
 
 
+def test_a_preset_that_is_changed_leaves_the_catalogue_as_it_was():
+    kd = system("kd")
+    recipes.preset(kd, "smoke", "digits")["student"]["training"]["epochs"] = 77
+    assert recipes.preset(kd, "smoke", "digits")["student"]["training"]["epochs"] != 77
+
+
 @pytest.mark.parametrize("slug", list(systems()))
 def test_every_preset_is_a_valid_recipe_for_every_kind_of_data(slug):
     chosen = system(slug)

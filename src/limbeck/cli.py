@@ -378,6 +378,25 @@ def resume(folder: Path, run_code: RunCode = False) -> None:
         go_on(folder)
 
 
+@app.command(epilog="Example: limbeck reproduce runs/kd-digits-20260101-120000")
+def reproduce(
+    folder: Annotated[Path, typer.Argument(help="a finished run")],
+    run_code: RunCode = False,
+    out: Out = None,
+) -> None:
+    """Make a finished run again and say whether it comes to the same bits."""
+    _permit(run_code)
+    from limbeck.reproduction import Differs
+    from limbeck.reproduction import reproduce as again
+
+    found = again(folder, out)
+    for difference in found.differences:
+        _echo(difference)
+    if found.differences:
+        raise Differs(f"{found.again} is not what {folder} was")
+    _echo(f"the same bits: {found.networks} networks, {found.lines} lines of metrics, the result")
+
+
 @app.command(epilog="Example: limbeck evaluate run:runs/photos --data folder:photos --split test")
 def evaluate(
     model: Annotated[str, typer.Argument(help="see limbeck run --help")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -104,7 +105,8 @@ def preset(chosen: System, name: str, kind: str) -> dict[str, Any]:
         raise UserError(
             f"{chosen.slug} has no preset {name!r}; {did_you_mean(name, chosen.presets)}"
         )
-    content = dict(chosen.presets[name])
+    # The catalogue's own stay as they are whatever becomes of these.
+    content = copy.deepcopy(dict(chosen.presets[name]))
     fitted = content.pop("for", {})
     return {
         "system": chosen.slug,

@@ -17,7 +17,7 @@ import yaml
 from limbeck.errors import UserError
 from limbeck.training.checkpoint import Checkpoints, read_state, write_atomically, write_state
 
-RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+RECIPE, METRICS, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "environment.json"
 RESULT, FINDINGS = "result.json", "findings.json"
 
 
@@ -46,7 +46,7 @@ class Run:
         cls.check_free(path)
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
         write_atomically(path / RECIPE, text.encode())
-        write_atomically(path / "environment.json", json.dumps(_environment(), indent=2).encode())
+        write_atomically(path / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
         return cls(path)
 
     @staticmethod
@@ -79,6 +79,10 @@ class Run:
                 f"{self.path} is not finished; continue it with: limbeck resume {self.path}"
             )
         return self._mapping(RESULT, json.loads)
+
+    def environment(self) -> dict[str, Any]:
+        """Where it was made: versions, machine, threads, command."""
+        return self._mapping(ENVIRONMENT, json.loads)
 
     def findings(self) -> list[dict[str, Any]]:
         """What the method alone has to show; empty where it has nothing."""
@@ -183,7 +187,8 @@ class Run:
         return read_state(path) if path.exists() else None
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What decides beside the recipe which bits a run here comes to."""
     from importlib.metadata import version
 
     import torch
