@@ -67,6 +67,14 @@ def test_a_network_that_looks_at_its_input_as_it_lies_is_left_contiguous(look):
     assert bench(Head(look)).student(0).memory_format == torch.contiguous_format
 
 
+def test_a_network_that_answers_more_or_less_as_its_input_lies_is_left_contiguous():
+    class Counting(Head):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[: 1 + x.is_contiguous()]
+
+    assert bench(Counting()).student(0).memory_format == torch.contiguous_format
+
+
 def test_a_network_without_convolutions_is_left_contiguous():
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
     assert bench(model).student(0).memory_format == torch.contiguous_format

@@ -5,6 +5,8 @@ from torch import nn
 from limbeck.errors import UserError
 from limbeck.models import Input, build
 from limbeck.tasks.classification import Classification
+from limbeck.training.distiller import Distiller
+from limbeck.training.method import Method
 from limbeck.training.network import Network
 from limbeck.training.task import View
 from limbeck.training.teacher import Teacher
@@ -176,3 +178,20 @@ def test_an_answer_does_not_depend_on_how_many_are_asked_for(size):
     whole = teacher(TASK, {**x, "row": torch.arange(40), "view": view})["logits"]
     part = {"image": x["image"][5 : 5 + size], "row": torch.arange(5, 5 + size), "view": view}
     assert torch.equal(teacher(TASK, part)["logits"], whole[5 : 5 + size])
+
+
+def test_a_task_may_have_the_teacher_judge_what_the_student_proposes():
+    class Proposals(Classification):
+        def question(self, batch, student):
+            return {**batch, "image": student["logits"].detach()[:, :, None, None]}
+
+    class Difference(Method):
+        label_weight = 0.0
+
+        def terms(self, student, teacher, batch):
+            return {"difference": (student["logits"] - teacher["logits"]).square().mean()}
+
+    student, teacher = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), nn.Flatten()
+    sample = batch()
+    terms = Distiller(student, teacher, Difference(), Proposals(["a", "b", "c"]), sample)(sample)
+    assert terms["difference"] == 0, "a teacher that says again what the student has said"

@@ -67,7 +67,7 @@ class Distiller(nn.Module):
                     "layer behind it; build that layer with inplace=False, or tap behind it"
                 )
             student = self.task.run(self.student, sample, self._taps)
-            teacher = self.teacher(self.task, sample)
+            teacher = self.teacher(self.task, self.task.question(sample, student))
         self.student.train(was_training)
         for name, value in {**teacher.outputs, **teacher.features}.items():
             if not torch.isfinite(value).all():
@@ -79,9 +79,9 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch) -> Terms:
         """The named loss terms of a batch: ``labels`` first, then the method's."""
-        teacher = self.teacher(self.task, batch)
         with stretch("student"):
             student = self.task.run(self.student, batch, self._taps)
+        teacher = self.teacher(self.task, self.task.question(batch, student))
         with stretch("loss"):
             terms: Terms = {}
             if self.method.label_weight:

@@ -120,6 +120,13 @@ class Task(ABC):
         """The answer of a network, or of a teacher that may be an ensemble."""
         return self.run(network, batch) if isinstance(network, Network) else network(self, batch)
 
+    def question(self, batch: Batch, student: Answer) -> Batch:
+        """The batch as a teacher is asked about it when the student has answered; as it is.
+
+        A task overrides it where the teacher is to judge what the student proposes.
+        """
+        return batch
+
     @abstractmethod
     def measure(self, network: Network | Teacher, split: Any) -> dict[str, float]:
         """The network's measures on a split, in eval mode; the mode it was in is restored."""
