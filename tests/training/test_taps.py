@@ -108,3 +108,21 @@ def test_a_tapped_model_compiles_as_one_graph_and_gives_what_it_gave():
         assert all(torch.equal(compiled[path], features[path]) for path in features)
     output.sum().backward()
     assert model[0].weight.grad is not None
+
+
+def test_a_tap_that_catches_no_tensor_is_one_sentence():
+    class Several(nn.Module):
+        def forward(self, x):
+            return {"fine": x, "coarse": x[:1]}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = Several()
+
+        def forward(self, x):
+            return self.trunk(x)["fine"]
+
+    taps = Taps(Model(), ["trunk"])
+    with pytest.raises(UserError, match="'trunk' of Model catches dict, not a tensor; tap a mod"):
+        taps.overwritten(lambda: taps(torch.zeros(2, 3)))

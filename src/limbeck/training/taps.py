@@ -98,6 +98,11 @@ class Taps:
                     f"{type(self.model).__name__}; tap a module that runs exactly once"
                     + (", such as the block around it" if times else "")
                 )
+            if not isinstance(caught[path], Tensor):
+                raise UserError(
+                    f"the tap {path!r} of {type(self.model).__name__} catches "
+                    f"{type(caught[path]).__name__}, not a tensor; tap a module within"
+                )
         return output, {path: caught[path] for path in self.paths}
 
     def overwritten(self, run: Callable[[], Any]) -> list[str]:
@@ -115,7 +120,8 @@ class Taps:
         def note(path: str) -> Callable[..., None]:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
                 tensor = output[0] if isinstance(output, tuple) else output
-                versions[path] = (tensor, tensor._version)
+                if isinstance(tensor, Tensor):
+                    versions[path] = (tensor, tensor._version)
 
             return hook
 
