@@ -15,6 +15,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "optuna": "search",
+    "pycocotools": "detection",
     "sacrebleu": "text",
     "stable_baselines3": "rl",
     "timm": "vision",

@@ -17,7 +17,10 @@ from limbeck.errors import UserError
 if TYPE_CHECKING:
     from limbeck.models.libraries import Offer, Order
 
-KINDS = {"images": "limbeck.models.input:Input"}
+KINDS = {
+    "images": "limbeck.models.input:Input",
+    "scenes": "limbeck.models.detectors:SceneInput",
+}
 """Kinds of intake, as a stored network names them, and the class of each."""
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 DOMAINS = {
     "classification": "limbeck.tasks.images:ImageClassification",
     "attributes": "limbeck.tasks.images:ImageAttributes",
+    "detection": "limbeck.tasks.detection:ImageDetection",
     "sequence": "limbeck.tasks.images:ImageSequence",
 }
 """Task -> where its domain lies."""
