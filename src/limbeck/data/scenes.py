@@ -200,6 +200,19 @@ def load(source: str, validation: float = 0.1, size: tuple[int, int] | None = No
     return SceneData(source, classes, train, held, test, size, mean, std, tuple(notes))
 
 
+def merged(data: SceneData) -> SceneData:
+    """The same boxes, all of one class.
+
+    >>> merged(load("scenes")).classes
+    ('thing',)
+    """
+    train, validation, test = (
+        replace(split, labels=_labels(split).sign())
+        for split in (data.train, data.validation, data.test)
+    )
+    return replace(data, classes=("thing",), train=train, validation=validation, test=test)
+
+
 def kind_of(source: str) -> str:
     """The family of data a source belongs to, found without reading the images."""
     return _parse(source)[0]

@@ -232,10 +232,10 @@ def _torchvision(order: Order) -> Offer:
 
 SMALL = {
     "rpn_batch_size_per_image": 64,
-    "box_batch_size_per_image": 64,
-    "rpn_pre_nms_top_n_train": 400,
+    "box_batch_size_per_image": 32,
+    "rpn_pre_nms_top_n_train": 200,
     "rpn_post_nms_top_n_train": 100,
-    "rpn_pre_nms_top_n_test": 300,
+    "rpn_pre_nms_top_n_test": 200,
     "rpn_post_nms_top_n_test": 60,
     "box_detections_per_img": 60,
 }
@@ -243,6 +243,8 @@ SMALL = {
 SIZES = (12, 24, 48)
 """Sides of the anchors of small detectors, in pixels."""
 RATIOS = (0.5, 1.0, 2.0)
+POOLED = 5
+"""Height and width that a region's features are pooled to; small things cover few cells."""
 
 
 def small(widths: Sequence[int], units: int, outputs: int) -> Detector:
@@ -256,7 +258,7 @@ def small(widths: Sequence[int], units: int, outputs: int) -> Detector:
         outputs: classes, the background among them.
 
     >>> sum(p.numel() for p in small((8, 16, 32, 32), 64, 4).parameters())
-    153465
+    104313
     """
     trunk = nn.Sequential()
     before = 3
@@ -273,9 +275,13 @@ def small(widths: Sequence[int], units: int, outputs: int) -> Detector:
         trunk.add_module(f"stage{number + 1}", nn.Sequential(*layers))
     fan_out_normal(trunk)
     head = nn.Sequential(
-        nn.Flatten(), nn.Linear(before * 49, units), nn.ReLU(), nn.Linear(units, units), nn.ReLU()
+        nn.Flatten(),
+        nn.Linear(before * POOLED**2, units),
+        nn.ReLU(),
+        nn.Linear(units, units),
+        nn.ReLU(),
     )
-    return _assembled(trunk, before, 7, head, units, outputs, SIZES, **SMALL)
+    return _assembled(trunk, before, POOLED, head, units, outputs, SIZES, samples=1, **SMALL)
 
 
 def large(name: str, outputs: int) -> Detector:
@@ -301,6 +307,7 @@ def _assembled(
     units: int,
     outputs: int,
     sizes: tuple[int, ...],
+    samples: int = 2,
     **numbers: int,
 ) -> Detector:
     trunk.out_channels = channels  # type: ignore[assignment]
@@ -308,7 +315,7 @@ def _assembled(
         FasterRCNN(
             trunk,
             rpn_anchor_generator=AnchorGenerator((sizes,), (RATIOS,)),
-            box_roi_pool=MultiScaleRoIAlign(["0"], side, sampling_ratio=2),
+            box_roi_pool=MultiScaleRoIAlign(["0"], side, sampling_ratio=samples),
             box_head=head,
             box_predictor=FastRCNNPredictor(units, outputs),
             **numbers,

@@ -285,6 +285,7 @@ class DetectionWords(Words):
     size: tuple[Side, Side] | None = Field(
         default=None, description="height and width that images are stretched to"
     )
+    merge: bool = Field(default=False, description="one class for whatever is in the boxes")
     flip: bool = Field(default=True, description="mirror half of the training images")
 
 
@@ -301,6 +302,8 @@ class ImageDetection(Domain):
         self.words, self.device, self.workers = words, device, workers
         data = sources.load(words.source, words.validation, words.size)
         voice.say(data.describe())
+        if words.merge:
+            data = sources.merged(data)
         train = data.train
         if words.limit is not None and words.limit < len(train):
             train = train.subset(torch.arange(words.limit))
