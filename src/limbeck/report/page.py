@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.report import attributes, classification, findings
+from limbeck.report import attributes, classification, detection, findings
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
     "attributes": attributes.sections,
     "classification": classification.sections,
+    "detection": detection.sections,
     "sequence": classification.sections,
 }
 
