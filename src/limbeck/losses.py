@@ -13,11 +13,17 @@ from limbeck.systems.classification.ktan import discrimination, feature_distance
 from limbeck.systems.classification.nst import nst
 from limbeck.systems.compression.qkd import quantise_inputs, quantise_weights
 from limbeck.systems.continual.lwf import lwf, lwf_multilabel
+from limbeck.systems.detection.detection_kd import (
+    bounded_regression,
+    hint,
+    weighted_soft_targets,
+)
 from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 
 __all__ = [
     "attribute_distillation",
+    "bounded_regression",
     "discrimination",
     "embedding_distillation",
     "ensemble_targets",
@@ -25,6 +31,7 @@ __all__ = [
     "feature_distance",
     "feddf",
     "fooling",
+    "hint",
     "kd",
     "lwf",
     "lwf_multilabel",
@@ -37,4 +44,5 @@ __all__ = [
     "shifted_kl",
     "soft_targets",
     "soften",
+    "weighted_soft_targets",
 ]

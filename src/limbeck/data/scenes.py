@@ -165,6 +165,8 @@ def load(source: str, validation: float = 0.1, size: tuple[int, int] | None = No
     if path is None:
         splits, classes, notes = _embedded(size or (SIDE, SIDE)), tuple("0123456789"), []
     else:
+        if not path.exists():
+            raise UserError(f"the data path {path} does not exist")
         try:
             found = (read_voc if kind == "voc" else read_coco)(path)
             splits = _scenes(found, size)
@@ -227,10 +229,7 @@ def _parse(source: str) -> tuple[str, Path | None]:
     if kind in KINDS:
         if not rest:
             raise UserError(f"{kind}: wants a path behind the colon, as in {kind}:PATH")
-        path = Path(rest).expanduser()
-        if not path.exists():
-            raise UserError(f"the data path {path} does not exist")
-        return kind, path
+        return kind, Path(rest).expanduser()
     path = Path(source).expanduser()
     if not source or not path.exists():
         if "/" in source or source.startswith(("~", ".")):

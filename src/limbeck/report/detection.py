@@ -14,7 +14,7 @@ from limbeck.report.figures import Gallery, Picture, Section, plain
 from limbeck.report.table import ROLES, names, roles
 from limbeck.training.run import Run
 
-SURE = 0.5
+SURE = 0.3
 """Boxes of at least this score are drawn."""
 NAMED = 8
 """Where there are more boxes than this, their classes are told by colour alone."""
