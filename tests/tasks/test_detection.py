@@ -174,6 +174,17 @@ def test_proposals_that_are_given_are_judged_and_no_others():
     assert answer["corrections"].shape == (2, 3, 4)
 
 
+def test_corners_stay_in_full_precision_where_products_are_rounded():
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = TASK.run(net().train(), batch())
+        assert math.isfinite(TASK.loss(answer, batch()))
+    assert answer["logits"].dtype == torch.bfloat16
+    assert answer["proposals"].dtype == answer["target"].dtype == torch.float32
+    teacher = Teacher(net(), precision=torch.bfloat16)
+    with pytest.raises(UserError, match="detectors answer in float32; leave engine"):
+        teacher(TASK, batch())
+
+
 def test_taps_see_the_trunk_and_the_region_head():
     network = net()
     with Taps(network.model, ["backbone.stage2", "roi_heads.box_head"]) as taps:

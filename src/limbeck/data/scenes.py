@@ -159,7 +159,7 @@ def load(source: str, validation: float = 0.1, size: tuple[int, int] | None = No
         UserError: the source does not exist or cannot be read; the sentence names the file.
 
     >>> load("scenes").describe()
-    'scenes: 360 train, 40 validation, 100 test images, 1,263 boxes of 10 classes, 64 x 64'
+    'scenes: 360 train, 40 validation, 100 test images, 1,193 boxes of 10 classes, 64 x 64'
     """
     kind, path = _parse(source)
     if path is None:

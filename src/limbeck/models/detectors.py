@@ -159,11 +159,12 @@ class Detector(nn.Module):
         """What the proposal network says of each anchor, the anchors, and its best proposals."""
         rpn, maps = self.rpn, list(features.values())
         objectness, offsets = rpn.head(maps)
-        anchors = rpn.anchor_generator(images, maps)
+        # Corners stay in full precision, whatever the trunk is rounded to.
+        anchors = rpn.anchor_generator(images, [m.float() for m in maps])
         levels = [level[0].numel() for level in objectness]
         flat, offsets = concat_box_prediction_layers(objectness, offsets)
         number = len(anchors)
-        boxes = rpn.box_coder.decode(offsets.detach(), anchors).view(number, -1, 4)
+        boxes = rpn.box_coder.decode(offsets.detach().float(), anchors).view(number, -1, 4)
         proposals, _ = rpn.filter_proposals(boxes, flat.detach(), images.image_sizes, levels)
         return flat.view(number, -1), offsets.view(number, -1, 4), anchors, proposals
 

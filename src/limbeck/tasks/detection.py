@@ -99,6 +99,11 @@ class Detection(Task):
         )
 
     def run(self, network: Network, batch: Batch, taps: Taps | None = None) -> Answer:
+        if network.dtype not in (None, torch.float32):
+            raise UserError(
+                "detectors answer in float32; leave engine.teacher_precision out, or set "
+                "engine.precision for both"
+            )
         asked = Asked(batch["image"], batch.get("boxes"), batch.get("label"), batch.get("proposed"))
         if taps is None or not taps.paths:
             return Answer(network(asked))
