@@ -188,6 +188,15 @@ def plain(text: object, longest: int = 24) -> str:
     return kept if len(kept) <= longest else kept[: longest - 1] + "…"
 
 
+def capital(text: str) -> str:
+    """A name as a heading begins with it; one that has capitals of its own keeps them.
+
+    >>> capital("squared error"), capital("mAP@0.5")
+    ('Squared error', 'mAP@0.5')
+    """
+    return text.capitalize() if text == text.lower() else text
+
+
 def short(number: float) -> str:
     """A number for an axis.
 

@@ -18,6 +18,7 @@ from limbeck.report.figures import (
     Panel,
     Point,
     Section,
+    capital,
     frontier,
     grid,
     panel,
@@ -271,7 +272,7 @@ def _signed(metric: str, value: float) -> str:
 def _note(found: Leaderboard) -> str:
     better = "higher" if found.higher_is_better else "lower"
     return (
-        f"{found.metric.capitalize()} on the test split, {better} is better; ± is half the 95 % "
+        f"{capital(found.metric)} on the test split, {better} is better; ± is half the 95 % "
         "interval of the mean over the seeds. Differences are positive where a system is better, "
         f"with their 95 % interval. {TEST} Training: seconds a student, the teacher's own left "
         "out; memory: the peak of the process."
@@ -305,9 +306,7 @@ def _spread_of_seeds(found: Leaderboard) -> Section:
     )
     caption = "Each seed (circle), the mean (diamond) and its 95 % interval (line)"
     caption += "; the dashed line is the teacher." if found.teacher is not None else "."
-    return Section(
-        "seeds", f"{found.metric.capitalize()} over the seeds", [Figure([drawn], caption)]
-    )
+    return Section("seeds", f"{capital(found.metric)} over the seeds", [Figure([drawn], caption)])
 
 
 def _pareto(found: Leaderboard) -> Section:
@@ -324,7 +323,7 @@ def _pareto(found: Leaderboard) -> Section:
     caption = (
         f"The {upper} left corner is best; the line joins the entries that no other beats in both."
     )
-    return Section("pareto", f"{found.metric.capitalize()} against cost", [Figure(panels, caption)])
+    return Section("pareto", f"{capital(found.metric)} against cost", [Figure(panels, caption)])
 
 
 def _costs(number: int, heading: str, cost: Mapping[str, float], found: Leaderboard) -> Panel:

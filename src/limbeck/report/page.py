@@ -19,6 +19,7 @@ from limbeck.report.figures import (
     Panel,
     Point,
     Section,
+    capital,
     grid,
     logarithmic,
     panel,
@@ -138,7 +139,7 @@ def _verdict(result: Mapping[str, Any]) -> dict[str, str] | None:
 
 def _table_note(result: Mapping[str, Any], headings: Sequence[str]) -> str:
     better = "higher" if result["metric"].get("higher_is_better", True) else "lower"
-    notes = [f"{result['metric']['name'].capitalize()}: {better} is better"]
+    notes = [f"{capital(result['metric']['name'])}: {better} is better"]
     if len(result.get("seeds") or ()) > 1:
         notes[0] += "; ± is half the 95 % interval of the mean over the seeds"
     if "agreement" in headings:
@@ -235,7 +236,7 @@ def _validation(families: Mapping[str, tuple[str, list[Line]]], metric: str, see
     )
     label = f"{metric} on the validation data over epochs: {ends}"
     note = _lines_note((lines for _, lines in families.values()), seeds)
-    caption = f"{metric.capitalize()} on the validation data after each epoch{note}."
+    caption = f"{capital(metric)} on the validation data after each epoch{note}."
     return Figure([panel("validation", label, draw, (4.2, 2.9))], caption)
 
 
@@ -323,7 +324,7 @@ def _cost(result: Mapping[str, Any]) -> list[Section]:
         return []
     ideal = "upper" if result["metric"].get("higher_is_better", True) else "lower"
     caption = f"Each point is a network; the {ideal} left corner, good at little cost, is best."
-    title = f"{metric.capitalize()} against size and latency"
+    title = f"{capital(metric)} against size and latency"
     return [Section("cost", title, [Figure(panels, caption)])]
 
 
