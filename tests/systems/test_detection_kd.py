@@ -7,11 +7,11 @@ from torch import nn
 from carrying import carry_out, noise, same
 from limbeck import recipes
 from limbeck.catalogue import system
-from limbeck.data import scenes
+from limbeck.data import boxed
 from limbeck.errors import UserError
 from limbeck.losses import bounded_regression, hint, weighted_soft_targets
 from limbeck.models.build import build, load
-from limbeck.models.detectors import SceneInput, large
+from limbeck.models.detectors import BoxedInput, large
 from limbeck.systems.detection.detection_kd import DetectionKD
 from limbeck.tasks.classification import Classification
 from limbeck.tasks.detection import BEND, Detection, Head, box_loss
@@ -22,7 +22,7 @@ from limbeck.training.phases import Training
 
 CLASSES = ("circle", "square")
 TASK = Detection(CLASSES)
-INPUT = SceneInput(3, (48, 64), (0.5,) * 3, (0.25,) * 3)
+INPUT = BoxedInput(3, (48, 64), (0.5,) * 3, (0.25,) * 3)
 
 
 def net(name: str = "rcnn-4-8-12-16", seed: int = 0):
@@ -246,8 +246,8 @@ def test_what_cannot_be_compared_or_is_no_detection_is_one_sentence():
 
 
 def bench(**given) -> Bench:
-    data = scenes.merged(scenes.load("scenes"))
-    input = SceneInput(3, data.size, data.mean, data.std)
+    data = boxed.merged(boxed.load("scenes"))
+    input = BoxedInput(3, data.size, data.mean, data.std)
     training = Training(epochs=2, batch_size=4, lr=0.01)
     train = data.train.subset(range(12))
     return Bench(

@@ -7,10 +7,10 @@ import torch
 
 from carrying import noise
 from limbeck.data import ResidentImages
-from limbeck.data.scenes import Scenes
+from limbeck.data.boxed import Boxed
 from limbeck.errors import UserError
 from limbeck.models.build import build, load, save
-from limbeck.models.detectors import Asked, SceneInput, small
+from limbeck.models.detectors import Asked, BoxedInput, small
 from limbeck.tasks import domain
 from limbeck.tasks.detection import (
     BEND,
@@ -28,18 +28,18 @@ from limbeck.training.teacher import Teacher
 
 CLASSES = ("circle", "square")
 TASK = Detection(CLASSES)
-INPUT = SceneInput(3, (48, 64), (0.5,) * 3, (0.25,) * 3)
+INPUT = BoxedInput(3, (48, 64), (0.5,) * 3, (0.25,) * 3)
 
 
 def net(name: str = "rcnn-4-8-12-16", seed: int = 0):
     return build(name, CLASSES, INPUT, seed)
 
 
-def split(number: int = 5) -> Scenes:
+def split(number: int = 5) -> Boxed:
     pixels = (255 * noise(number, 3, 48, 64).sigmoid()).byte()
     boxes = torch.tensor([[4.0, 4, 20, 24], [30, 10, 54, 40]]).expand(number, 2, 4).clone()
     labels = torch.tensor([[1, 2], [2, 0]])[torch.arange(number) % 2]
-    return Scenes("test", ResidentImages(pixels), labels, boxes=boxes)
+    return Boxed("test", ResidentImages(pixels), labels, boxes=boxes)
 
 
 def batch() -> dict:
@@ -126,7 +126,7 @@ def test_a_detector_learns_where_the_bright_squares_are():
         left, top = 6 * (n % 4) + 4, 8 * (n // 4)
         pixels[n, :, top : top + 16, left : left + 16] = 255
         boxes[n, 0] = torch.tensor([left, top, left + 16, top + 16])
-    data = Scenes("train", ResidentImages(pixels), torch.ones(16, 1).long(), boxes=boxes)
+    data = Boxed("train", ResidentImages(pixels), torch.ones(16, 1).long(), boxes=boxes)
     network = net().train()
     settings = Training(optimiser="adamw", lr=0.01)
     optimiser = settings.build(network.parameters())

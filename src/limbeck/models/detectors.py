@@ -55,10 +55,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class SceneInput(Input):
+class BoxedInput(Input):
     """What a detector is fed: images of a size and normalisation, and questions about them."""
 
-    kind = "scenes"
+    kind = "boxed"
 
     def __call__(self, view: Any) -> Any:
         """Turn images, (B, 3, H, W) in [0, 1], or what is asked about them into the model's input.

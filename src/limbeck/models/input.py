@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 KINDS = {
     "images": "limbeck.models.input:Input",
-    "scenes": "limbeck.models.detectors:SceneInput",
+    "boxed": "limbeck.models.detectors:BoxedInput",
 }
 """Kinds of intake, as a stored network names them, and the class of each."""
 

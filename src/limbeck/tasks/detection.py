@@ -13,13 +13,13 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from limbeck.data import scenes as sources
+from limbeck.data import boxed as sources
 from limbeck.data.augment import Augment
-from limbeck.data.scenes import SceneBatches, Scenes
+from limbeck.data.boxed import Boxed, BoxedBatches
 from limbeck.errors import UserError
 from limbeck.extras import need
 from limbeck.models.build import build
-from limbeck.models.detectors import Asked, SceneInput
+from limbeck.models.detectors import Asked, BoxedInput
 from limbeck.tasks.images import Side
 from limbeck.training.domain import Domain, Words
 from limbeck.training.network import Network
@@ -57,7 +57,7 @@ class Head:
 
 
 class Detection(Task):
-    """Detection by Faster R-CNN; a batch is one of :class:`limbeck.data.scenes.SceneBatches`.
+    """Detection by Faster R-CNN; a batch is one of :class:`limbeck.data.boxed.BoxedBatches`.
 
     An answer has what :class:`limbeck.models.detectors.Detector` says to a question, and
     :meth:`heads` reads it. The teacher judges the student's sampled anchors and proposals.
@@ -86,9 +86,9 @@ class Detection(Task):
         self.device = device or torch.device("cpu")
 
     def batches(
-        self, split: Scenes, *, batch_size: int, seed: int = 0, train: bool = False
+        self, split: Boxed, *, batch_size: int, seed: int = 0, train: bool = False
     ) -> Batches:
-        return SceneBatches(
+        return BoxedBatches(
             split,
             batch_size,
             seed=seed,
@@ -147,7 +147,7 @@ class Detection(Task):
         return torch.stack(parts).sum()
 
     @torch.no_grad()
-    def predict(self, network: Network | Teacher, split: Scenes) -> list[Found]:
+    def predict(self, network: Network | Teacher, split: Boxed) -> list[Found]:
         """What a network finds in each image, on the CPU, in the view's pixels."""
         one = _single(network)
         was_training = one.training
@@ -169,11 +169,11 @@ class Detection(Task):
             raise UserError("there are no images to measure on")
         return found
 
-    def measure(self, network: Network | Teacher, split: Scenes) -> dict[str, float]:
+    def measure(self, network: Network | Teacher, split: Boxed) -> dict[str, float]:
         """Mean average precision at an overlap of 0.5, at 0.75, and over 0.5 to 0.95 (0..1)."""
         return measures(self.predict(network, split), list(truths(split)))
 
-    def compare(self, networks: Mapping[str, Network | Teacher], split: Scenes) -> dict[str, Any]:
+    def compare(self, networks: Mapping[str, Network | Teacher], split: Boxed) -> dict[str, Any]:
         """All measures, and the average precision of each class at 0.5."""
         facts: dict[str, Any] = {"measures": {}, "by_class": {}}
         truth = list(truths(split))
@@ -188,9 +188,7 @@ class Detection(Task):
             }
         return facts
 
-    def record(
-        self, networks: Mapping[str, Network | Teacher], split: Scenes, folder: Path
-    ) -> None:
+    def record(self, networks: Mapping[str, Network | Teacher], split: Boxed, folder: Path) -> None:
         """Write ``detections.safetensors``: some images, their true boxes, each network's."""
         step = max(1, len(split) // PICTURES)
         shown = split.subset(torch.arange(0, len(split), step)[:PICTURES])
@@ -229,7 +227,7 @@ def box_loss(head: Head, bend: float = 1.0) -> Tensor:
     return loss / max(len(head.label), 1)
 
 
-def truths(split: Scenes) -> Iterator[Found]:
+def truths(split: Boxed) -> Iterator[Found]:
     """The true boxes of each image as torchmetrics takes them; those not counted as a crowd."""
     assert split.labels is not None, "scenes are labelled"
     for boxes, labels in zip(split.boxes, split.labels, strict=True):
@@ -295,7 +293,7 @@ class DetectionWords(Words):
 
 
 class ImageDetection(Domain):
-    """Images with boxes, of any source that :func:`limbeck.data.scenes.load` knows."""
+    """Images with boxes, of any source that :func:`limbeck.data.boxed.load` knows."""
 
     words_type: ClassVar[type[Words]] = DetectionWords
     source = "scenes"
@@ -314,7 +312,7 @@ class ImageDetection(Domain):
             train = train.subset(torch.arange(words.limit))
             voice.say(f"trained on {len(train):,} of {len(data.train):,} images")
         self.classes = data.classes
-        self.input = SceneInput(3, data.size, data.mean, data.std)
+        self.input = BoxedInput(3, data.size, data.mean, data.std)
         self.splits = {
             "train": train,
             "transfer": train,

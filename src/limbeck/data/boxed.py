@@ -32,7 +32,7 @@ SCENES = {"train": 400, "test": 100}
 
 
 @dataclass(frozen=True)
-class Scenes(Split):
+class Boxed(Split):
     """Some images with boxes.
 
     ``boxes`` (N, G, 4) are left, top, right and bottom in pixels of the view, ``labels`` (N, G)
@@ -42,7 +42,7 @@ class Scenes(Split):
 
     boxes: Tensor = _NONE
 
-    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Scenes:
+    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Boxed:
         chosen = torch.as_tensor(positions, dtype=torch.int64)
         assert self.labels is not None, "scenes are labelled"
         return replace(
@@ -60,14 +60,14 @@ class Scenes(Split):
 
 
 @dataclass(frozen=True)
-class SceneData:
-    """Scenes in splits, the names of what is in their boxes, and what their pixels are like."""
+class BoxedData:
+    """Boxed in splits, the names of what is in their boxes, and what their pixels are like."""
 
     source: str
     classes: tuple[str, ...]
-    train: Scenes
-    validation: Scenes
-    test: Scenes
+    train: Boxed
+    validation: Boxed
+    test: Boxed
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -90,7 +90,7 @@ class SceneData:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-class SceneBatches(ImageBatches):
+class BoxedBatches(ImageBatches):
     """Batches of scenes: as of images, with ``boxes`` (B, G, 4) and ``label`` (B, G).
 
     In training half of the images, chosen by (seed, sample, epoch), are mirrored with their boxes,
@@ -99,7 +99,7 @@ class SceneBatches(ImageBatches):
 
     def __init__(
         self,
-        split: Scenes,
+        split: Boxed,
         batch_size: int,
         *,
         seed: int = 0,
@@ -145,7 +145,7 @@ def mirrored(batch: Batch, turned: Tensor) -> Batch:
     }
 
 
-def load(source: str, validation: float = 0.1, size: tuple[int, int] | None = None) -> SceneData:
+def load(source: str, validation: float = 0.1, size: tuple[int, int] | None = None) -> BoxedData:
     """Load images with boxes.
 
     Args:
@@ -199,10 +199,10 @@ def load(source: str, validation: float = 0.1, size: tuple[int, int] | None = No
     mean, std = _statistics(train)
     size = train.images.size
     assert size is not None, "images were stretched to one size"
-    return SceneData(source, classes, train, held, test, size, mean, std, tuple(notes))
+    return BoxedData(source, classes, train, held, test, size, mean, std, tuple(notes))
 
 
-def merged(data: SceneData) -> SceneData:
+def merged(data: BoxedData) -> BoxedData:
     """The same boxes, all of one class.
 
     >>> merged(load("scenes")).classes
@@ -251,7 +251,7 @@ def _labels(scenes: Split) -> Tensor:
     return scenes.labels
 
 
-def _held_out(split: Scenes, share: float, purpose: int) -> tuple[Scenes, Scenes]:
+def _held_out(split: Boxed, share: float, purpose: int) -> tuple[Boxed, Boxed]:
     """The images whose identities hash lowest are held out: the same in every run."""
     order = uniforms(split.rows, 1, seed=purpose, view=0).flatten().argsort(stable=True)
     number = min(max(1, round(share * len(split))), len(split) - 1)
@@ -259,7 +259,7 @@ def _held_out(split: Scenes, share: float, purpose: int) -> tuple[Scenes, Scenes
     return split.subset(kept), split.subset(held)
 
 
-def _joined(one: Scenes, other: Scenes) -> Scenes:
+def _joined(one: Boxed, other: Boxed) -> Boxed:
     """Two parts of one set of images as one."""
     return replace(
         one,
@@ -269,7 +269,7 @@ def _joined(one: Scenes, other: Scenes) -> Scenes:
     )
 
 
-def _statistics(train: Scenes) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(train: Boxed) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation a channel, white being 1, of at most 300 training images."""
     step = max(1, len(train) // 300)
     pixels = torch.stack([train.images.read(int(r)) for r in train.rows[::step]])
@@ -295,7 +295,7 @@ def _stretched(pixels: Tensor, size: Any) -> Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def _scenes(found: Annotated, size: tuple[int, int] | None) -> dict[str, Scenes]:
+def _scenes(found: Annotated, size: tuple[int, int] | None) -> dict[str, Boxed]:
     """Annotated files as splits over one store of pixels."""
     every = [item for items in found.splits.values() for item in items]
     headers = [facts(item.path, str(item.path))[:2] for item in every]
@@ -323,7 +323,7 @@ def _scenes(found: Annotated, size: tuple[int, int] | None) -> dict[str, Scenes]
     splits, row = {}, 0
     for name, items in found.splits.items():
         rows = torch.arange(row, row + len(items))
-        splits[name] = Scenes(name, images, labels[rows], rows, boxes[rows])
+        splits[name] = Boxed(name, images, labels[rows], rows, boxes[rows])
         row += len(items)
     return splits
 
@@ -331,7 +331,7 @@ def _scenes(found: Annotated, size: tuple[int, int] | None) -> dict[str, Scenes]
 # Digits on photographs.
 
 
-def _embedded(size: tuple[int, int]) -> dict[str, Scenes]:
+def _embedded(size: tuple[int, int]) -> dict[str, Boxed]:
     """Scikit-learn's digits, enlarged and tinted, on parts of its photographs.
 
     Test scenes show other handwriting on other halves of the photographs than training scenes.
@@ -358,7 +358,7 @@ def _embedded(size: tuple[int, int]) -> dict[str, Scenes]:
     images, row, splits = ResidentImages(pixels), 0, {}
     for name, number in SCENES.items():
         rows = torch.arange(row, row + number)
-        splits[name] = Scenes(name, images, labels[rows], rows, boxes[rows])
+        splits[name] = Boxed(name, images, labels[rows], rows, boxes[rows])
         row += number
     return splits
 

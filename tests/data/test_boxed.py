@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from limbeck.data import scenes
-from limbeck.data.scenes import SceneBatches
+from limbeck.data import boxed
+from limbeck.data.boxed import BoxedBatches
 from limbeck.errors import UserError
 
 
@@ -72,11 +72,11 @@ def coco(root: Path, splits=("train2017", "val2017"), change=lambda content: Non
 
 
 def test_a_box_holds_the_ink_of_its_digit_and_boxes_lie_inside():
-    data = scenes.load("scenes")
+    data = boxed.load("scenes")
     for split in (data.train, data.validation, data.test):
         there = split.boxes[split.labels > 0]
         assert bool((there >= 0).all())
-        assert bool((there <= scenes.SIDE).all())
+        assert bool((there <= boxed.SIDE).all())
         sides = there[:, 2:] - there[:, :2]
         assert float(sides.min()) >= 2
         assert float(sides[:, 1].median()) > float(sides[:, 0].median()), "digits stand upright"
@@ -84,7 +84,7 @@ def test_a_box_holds_the_ink_of_its_digit_and_boxes_lie_inside():
 
 
 def test_scenes_are_the_same_every_time_and_each_is_in_one_split():
-    data, again = scenes.load("scenes"), scenes.load("scenes")
+    data, again = boxed.load("scenes"), boxed.load("scenes")
     assert data.fingerprint() == again.fingerprint()
     rows = [set(s.rows.tolist()) for s in (data.train, data.validation, data.test)]
     assert len(rows[0] | rows[1] | rows[2]) == 500
@@ -94,9 +94,9 @@ def test_scenes_are_the_same_every_time_and_each_is_in_one_split():
 
 
 def test_boxes_are_mirrored_with_their_images_and_only_in_training(tmp_path):
-    data = scenes.load(f"voc:{voc(tmp_path, 24)}", validation=0)
-    plain = next(SceneBatches(data.train, 64).epoch(0))
-    turned = next(SceneBatches(data.train, 64, train=True, seed=1).epoch(0))
+    data = boxed.load(f"voc:{voc(tmp_path, 24)}", validation=0)
+    plain = next(BoxedBatches(data.train, 64).epoch(0))
+    turned = next(BoxedBatches(data.train, 64, train=True, seed=1).epoch(0))
     red_left = turned["image"][:, 0, 0, 0] > 0.9
     assert 0 < int(red_left.sum()) < len(red_left)
     assert torch.equal(
@@ -105,14 +105,14 @@ def test_boxes_are_mirrored_with_their_images_and_only_in_training(tmp_path):
     )
     assert turned["boxes"][~red_left][0, 0].tolist() == [20, 0, 40, 15]
     assert bool((plain["image"][:, 0, 0, 0] > 0.9).all())
-    still = next(SceneBatches(data.train, 64, train=True, flip=False).epoch(0))
+    still = next(BoxedBatches(data.train, 64, train=True, flip=False).epoch(0))
     assert bool((still["image"][:, 0, 0, 0] > 0.9).all())
 
 
 def test_what_is_mirrored_is_a_function_of_sample_seed_and_epoch():
-    data = scenes.load("scenes")
-    whole = list(SceneBatches(data.train, 16, train=True, seed=2).epoch(3))
-    later = list(SceneBatches(data.train, 16, train=True, seed=2).epoch(3, start=5))
+    data = boxed.load("scenes")
+    whole = list(BoxedBatches(data.train, 16, train=True, seed=2).epoch(3))
+    later = list(BoxedBatches(data.train, 16, train=True, seed=2).epoch(3, start=5))
     assert torch.equal(whole[5]["image"], later[0]["image"])
     assert torch.equal(whole[5]["boxes"], later[0]["boxes"])
     assert "view" not in whole[0], "a teacher's answers cannot be remembered"
@@ -121,8 +121,8 @@ def test_what_is_mirrored_is_a_function_of_sample_seed_and_epoch():
 def test_a_difficult_box_is_not_learnt_but_known_in_measuring(tmp_path):
     hard = thing("cat", (1, 1, 20, 15), difficult=1) + thing("dog", (5, 5, 30, 25))
     lists = {"train": range(5), "test": range(5, 6)}
-    data = scenes.load(f"voc:{voc(tmp_path, im0=hard, im5=hard, lists=lists)}", validation=0)
-    learnt = torch.cat([b["label"] for b in SceneBatches(data.train, 8, train=True).epoch(0)])
+    data = boxed.load(f"voc:{voc(tmp_path, im0=hard, im5=hard, lists=lists)}", validation=0)
+    learnt = torch.cat([b["label"] for b in BoxedBatches(data.train, 8, train=True).epoch(0)])
     assert int(learnt.min()) == 0
     assert int((learnt == 2).sum()) == 1
     assert sorted(data.test.labels[0].tolist()) == [-1, 2]
@@ -133,7 +133,7 @@ def test_a_difficult_box_is_not_learnt_but_known_in_measuring(tmp_path):
 
 def test_voc_counts_pixels_from_one_and_boxes_scale_with_their_images(tmp_path):
     root = voc(tmp_path, im0=thing("dog", (11, 7, 20, 18)))
-    data = scenes.load(str(root), size=(60, 120))
+    data = boxed.load(str(root), size=(60, 120))
     assert data.classes == ("cat", "dog")
     every = torch.cat([s.boxes[s.labels == 2] for s in (data.train, data.validation, data.test)])
     assert every.tolist() == [[30, 12, 60, 36]]
@@ -142,16 +142,16 @@ def test_voc_counts_pixels_from_one_and_boxes_scale_with_their_images(tmp_path):
 
 def test_the_lists_of_voc_make_the_splits(tmp_path):
     lists = {"train": range(3), "val": range(3, 4), "test": range(4, 6)}
-    data = scenes.load(f"voc:{voc(tmp_path / 'a', lists=lists)}")
+    data = boxed.load(f"voc:{voc(tmp_path / 'a', lists=lists)}")
     assert [len(s) for s in (data.train, data.validation, data.test)] == [3, 1, 2]
-    whole = scenes.load(f"voc:{tmp_path / 'a'}", validation=0)
+    whole = boxed.load(f"voc:{tmp_path / 'a'}", validation=0)
     assert [len(s) for s in (whole.train, whole.validation, whole.test)] == [4, 0, 2]
-    both = scenes.load(f"voc:{voc(tmp_path / 'b', lists={'trainval': range(6)})}", validation=0.4)
+    both = boxed.load(f"voc:{voc(tmp_path / 'b', lists={'trainval': range(6)})}", validation=0.4)
     assert [len(s) for s in (both.train, both.validation, both.test)] == [3, 2, 1]
 
 
 def test_the_blood_cells_are_read_as_their_description_says(real_data):
-    data = scenes.load(f"voc:{real_data('bccd')}", size=(60, 80))
+    data = boxed.load(f"voc:{real_data('bccd')}", size=(60, 80))
     assert data.classes == ("RBC", "WBC", "Platelets")
     assert [len(s) for s in (data.train, data.validation, data.test)] == [205, 87, 72]
     labels = torch.cat([s.labels.flatten() for s in (data.train, data.validation, data.test)])
@@ -170,43 +170,43 @@ def test_the_blood_cells_are_read_as_their_description_says(real_data):
 )
 def test_a_wrong_annotation_is_one_sentence(tmp_path, objects, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
-        scenes.load(f"voc:{voc(tmp_path, im0=objects)}")
+        boxed.load(f"voc:{voc(tmp_path, im0=objects)}")
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_missing_in_voc_is_one_sentence(tmp_path):
     root = voc(tmp_path / "a", lists={"train": range(7)})
     with pytest.raises(UserError, match="lists im6, but there is no"):
-        scenes.load(f"voc:{root}")
+        boxed.load(f"voc:{root}")
     root = voc(tmp_path / "b")
     (root / "classes.txt").write_text("catt\n")
     with pytest.raises(UserError, match=r"'cat', which .*classes.txt has not; did you mean catt"):
-        scenes.load(f"voc:{root}")
+        boxed.load(f"voc:{root}")
     root = voc(tmp_path / "c")
     (root / "JPEGImages" / "im1.png").unlink()
     with pytest.raises(UserError, match=r"has no image for im1\.xml"):
-        scenes.load(f"voc:{root}")
+        boxed.load(f"voc:{root}")
     root = voc(tmp_path / "d", lists={"test": range(2)})
     with pytest.raises(UserError, match=r"train\.txt or trainval\.txt is wanted"):
-        scenes.load(f"voc:{root}")
+        boxed.load(f"voc:{root}")
     root = voc(tmp_path / "e")
     picture(root / "JPEGImages" / "im1.png", (50, 30))
     with pytest.raises(UserError, match=r"30 x 40 pixels and .* 30 x 50; say what all are"):
-        scenes.load(f"voc:{root}")
+        boxed.load(f"voc:{root}")
     (root / "JPEGImages").rename(root / "Images")
     with pytest.raises(UserError, match="has no folder JPEGImages; give the folder that has it"):
-        scenes.load(f"voc:{root}")
+        boxed.load(f"voc:{root}")
     root = voc(tmp_path / "f", lists={"train": range(2)})
     (root / "ImageSets" / "Main" / "train.txt").write_text("../secret\n")
     with pytest.raises(UserError, match=r"lists '\.\./secret', which is no image's name"):
-        scenes.load(f"voc:{root}")
+        boxed.load(f"voc:{root}")
 
 
 # COCO.
 
 
 def test_coco_has_its_categories_by_id_and_crowds_are_not_learnt(tmp_path):
-    data = scenes.load(f"coco:{coco(tmp_path)}", validation=0.25)
+    data = boxed.load(f"coco:{coco(tmp_path)}", validation=0.25)
     assert data.classes == ("cat", "dog"), "a category without boxes is no class"
     assert [len(s) for s in (data.train, data.validation, data.test)] == [3, 1, 4]
     first = data.test.labels[0].tolist()
@@ -219,7 +219,7 @@ def test_coco_has_its_categories_by_id_and_crowds_are_not_learnt(tmp_path):
 def test_one_file_beside_its_images_is_divided(tmp_path):
     root = coco(tmp_path, ["train"])
     (root / "annotations" / "instances_train.json").rename(root / "train" / "_annotations.json")
-    data = scenes.load(str(root), validation=0.34)
+    data = boxed.load(str(root), validation=0.34)
     assert [len(s) for s in (data.train, data.validation, data.test)] == [2, 1, 1]
 
 
@@ -238,7 +238,7 @@ def test_one_file_beside_its_images_is_divided(tmp_path):
 )
 def test_a_wrong_coco_file_is_one_sentence(tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
-        scenes.load(f"coco:{coco(tmp_path, change=change)}")
+        boxed.load(f"coco:{coco(tmp_path, change=change)}")
     assert "\n" not in str(caught.value)
 
 
@@ -257,14 +257,14 @@ def test_a_wrong_coco_file_is_one_sentence(tmp_path, change, sentence):
 )
 def test_a_source_that_there_is_not_is_one_sentence(source, sentence):
     with pytest.raises(UserError, match=sentence):
-        scenes.load(source)
+        boxed.load(source)
 
 
 def test_a_folder_of_neither_format_says_what_is_wanted(tmp_path):
     picture(tmp_path / "cats" / "1.png")
     with pytest.raises(UserError, match="neither a folder Annotations, as Pascal VOC has, nor"):
-        scenes.load(str(tmp_path))
+        boxed.load(str(tmp_path))
     (tmp_path / "train.json").write_text("{")
     with pytest.raises(UserError, match=r"train\.json is damaged: it is not JSON"):
-        scenes.load(str(tmp_path))
-    assert scenes.kind_of(str(tmp_path)) == "coco"
+        boxed.load(str(tmp_path))
+    assert boxed.kind_of(str(tmp_path)) == "coco"
