@@ -18,7 +18,8 @@ class Training(BaseModel):
     """How a model is trained: budget, optimiser and learning rate.
 
     ``milestones`` are epochs after which a ``step`` schedule multiplies the rate by ``gamma``;
-    ``cosine`` falls to zero at the last step; ``warmup`` epochs rise linearly from zero.
+    ``cosine`` and ``poly``, (1 - done)^0.9, fall to zero at the last step; ``warmup`` epochs rise
+    linearly from zero.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,7 +41,7 @@ class Training(BaseModel):
     decay: Literal["all", "kernels"] = Field(
         default="all", description="kernels: not biases, norms and depthwise filters"
     )
-    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    schedule: Literal["constant", "step", "cosine", "poly"] = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = Field(default=0.1, gt=0, le=1)
     warmup: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="epochs")
@@ -56,15 +57,19 @@ class Training(BaseModel):
         0.1
         >>> Training(schedule="cosine", epochs=2).factor(1.0)
         0.5
+        >>> round(Training(schedule="poly", epochs=2).factor(1.0), 4)
+        0.5359
         """
         if epoch < self.warmup:
             return epoch / self.warmup
         if self.schedule == "step":
             return math.prod(self.gamma for m in self.milestones if epoch >= m)
-        if self.schedule == "cosine":
-            done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-12)
-            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        return 1.0
+        if self.schedule == "constant":
+            return 1.0
+        done = min((epoch - self.warmup) / max(self.epochs - self.warmup, 1e-12), 1.0)
+        if self.schedule == "poly":
+            return float((1 - done) ** 0.9)
+        return 0.5 * (1 + math.cos(math.pi * done))
 
     def stretched(self, factor: float) -> Training:
         """The same training over so many times the epochs, at least one of them.
