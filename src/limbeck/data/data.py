@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Split:
+    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Self:
         """The samples at these positions, identities kept."""
         chosen = torch.as_tensor(positions, dtype=torch.int64)
         return replace(
