@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 KINDS = {
     "images": "limbeck.models.input:Input",
     "boxed": "limbeck.models.detectors:BoxedInput",
+    "scenes": "limbeck.models.dense:SceneInput",
+    "lanes": "limbeck.models.dense:LaneInput",
 }
 """Kinds of intake, as a stored network names them, and the class of each."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.report import attributes, classification, detection, findings
+from limbeck.report import attributes, classification, findings, segmentation
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -38,6 +39,8 @@ SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
     "attributes": attributes.sections,
     "classification": classification.sections,
     "detection": detection.sections,
+    "lanes": segmentation.sections,
+    "segmentation": segmentation.sections,
     "sequence": classification.sections,
 }
 

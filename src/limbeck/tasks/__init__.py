@@ -15,6 +15,8 @@ DOMAINS = {
     "attributes": "limbeck.tasks.images:ImageAttributes",
     "detection": "limbeck.tasks.detection:ImageDetection",
     "sequence": "limbeck.tasks.images:ImageSequence",
+    "segmentation": "limbeck.tasks.scenes:ImageSegmentation",
+    "lanes": "limbeck.tasks.scenes:ImageLanes",
 }
 """Task -> where its domain lies."""
 
