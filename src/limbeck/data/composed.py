@@ -20,7 +20,7 @@ ROWS = torch.arange(240, 720, 10)
 
 
 def digit_scenes(size: tuple[int, int], train: int = 600, test: int = 150) -> Pools:
-    """Two to four handwritten digits of various sizes and colours on pieces of photographs.
+    """One to three handwritten digits of various sizes and colours on pieces of photographs.
 
     Classes are ``background`` and the digits; the test scenes show digits that no training scene
     does. Digits, photographs and their pieces are scikit-learn's.
@@ -47,9 +47,9 @@ def _digits(
     image = _piece(size, chance)
     mask = np.zeros(size, np.uint8)
     small = min(size)
-    for _ in range(int(chance.integers(2, 5))):
+    for _ in range(int(chance.integers(1, 4))):
         which = int(chance.integers(len(labels)))
-        side = int(chance.integers(max(8, small // 3), max(9, small // 2 + 1)))
+        side = int(chance.integers(small // 2, 3 * small // 4))
         ink = _enlarged(pixels[which], side)
         top, left = (int(chance.integers(0, extent - side + 1)) for extent in size)
         inside = (slice(top, top + side), slice(left, left + side))

@@ -67,6 +67,8 @@ class DilatedResNet(nn.Module):
         self.head = nn.Conv2d(inputs, classes, 1)
         self.existence = None if existence is None else existence(inputs)
         fan_out_normal(self)
+        # The loss begins where nothing is known.
+        nn.init.normal_(self.head.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, channels, H, W) -> (B, classes, H, W), and what ``existence`` says."""

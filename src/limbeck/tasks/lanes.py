@@ -50,11 +50,9 @@ class LaneDetection(Segmentation):
         return {**super().outputs(output[0], batch), "existence": output[1]}
 
     def loss(self, answer: Answer, batch: Batch) -> Tensor:
-        """The pixels' cross-entropy, background weighing 0.4, + 0.1 that of the existence."""
-        weights = [BACKGROUND, *(1.0 for _ in self.objects)]
-        pixels = self.pixel_loss(answer["logits"], batch["label"], weights)
+        """The pixels' cross-entropy, and 0.1 times the binary one of which lanes there are."""
         there = F.binary_cross_entropy_with_logits(answer["existence"].float(), batch["there"])
-        return pixels + EXISTENCE * there
+        return super().loss(answer, batch) + EXISTENCE * there
 
     def kept(self, answer: Answer, batch: Batch, split: Scenes) -> dict[str, Tensor]:
         probabilities = answer["logits"].float().softmax(-1).cpu()

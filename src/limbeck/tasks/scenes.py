@@ -16,7 +16,7 @@ from limbeck.data.tusimple import read_tusimple
 from limbeck.errors import UserError, did_you_mean
 from limbeck.models.build import build
 from limbeck.models.dense import LaneInput, SceneInput
-from limbeck.tasks.lanes import LaneDetection
+from limbeck.tasks.lanes import BACKGROUND, LaneDetection
 from limbeck.tasks.segmentation import Segmentation
 from limbeck.training.domain import Domain, Words
 from limbeck.training.network import Network
@@ -35,10 +35,19 @@ class SceneWords(Words):
     )
 
 
+class MaskWords(SceneWords):
+    """How much each class weighs, beside."""
+
+    balance: bool = Field(
+        default=False,
+        description="weigh a class of the share p of all pixels by 1 / ln(1.02 + p), as ENet does",
+    )
+
+
 class ImageSegmentation(Domain):
     """Photographs or pictures with a mask of classes each."""
 
-    words_type: ClassVar[type[Words]] = SceneWords
+    words_type: ClassVar[type[Words]] = MaskWords
     source = "digit-scenes"
     embedded: ClassVar[str] = "digit-scenes"
     files: ClassVar[str] = "masks"
@@ -96,7 +105,8 @@ class ImageSegmentation(Domain):
         return read_masks(path, self.words.size, self.words.void)
 
     def task(self, augment: Any = None) -> Segmentation:
-        return Segmentation(self.classes, self._warp(augment), self.workers, self.device)
+        weights = _rarity(self.splits["train"], len(self.classes)) if self.words.balance else None
+        return Segmentation(self.classes, weights, self._warp(augment), self.workers, self.device)
 
     def _warp(self, augment: Any) -> Warp:
         if augment is not None:
@@ -143,7 +153,15 @@ class ImageLanes(ImageSegmentation):
         return read_tusimple(path, self.words.size or (368, 640), self.words.lanes)
 
     def task(self, augment: Any = None) -> LaneDetection:
-        return LaneDetection(self.classes, self._warp(augment), self.workers, self.device)
+        weights = [BACKGROUND, *(1.0 for _ in self.classes[1:])]
+        return LaneDetection(self.classes, weights, self._warp(augment), self.workers, self.device)
+
+
+def _rarity(train: Scenes, classes: int) -> list[float]:
+    """1 / ln(1.02 + p) for each class of the share p of the pixels (ENet, section 5.2)."""
+    counts = torch.bincount(train.masks[train.rows].flatten().int(), minlength=256)[:classes]
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return [float(weight) for weight in 1 / (1.02 + shares).log()]
 
 
 def _statistics(train: Scenes) -> tuple[tuple[float, ...], tuple[float, ...]]:

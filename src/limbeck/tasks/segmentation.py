@@ -30,6 +30,7 @@ class Segmentation(Task):
 
     Args:
         classes: the class names in the order of the labels.
+        weights: of the classes in the loss; all 1 if not given.
         warp: what is done at random to training images.
         workers: processes that read images which do not fit into memory.
         device: where networks and batches live.
@@ -44,12 +45,14 @@ class Segmentation(Task):
     def __init__(
         self,
         classes: Sequence[str],
+        weights: Sequence[float] | None = None,
         warp: Warp | None = None,
         workers: int = 0,
         device: torch.device | None = None,
         size: int = 16,
     ) -> None:
         self.classes = tuple(classes)
+        self.weights = torch.tensor(weights or [1.0] * len(self.classes))
         self.warp = warp or Warp()
         self.workers = workers
         self.device = device or torch.device("cpu")
@@ -93,24 +96,15 @@ class Segmentation(Task):
         return {"logits": logits.permute(0, 2, 3, 1)}
 
     def loss(self, answer: Answer, batch: Batch) -> Tensor:
-        """Cross-entropy, mean over the pixels that have a class."""
-        return self.pixel_loss(answer["logits"], batch["label"])
-
-    def pixel_loss(
-        self, logits: Tensor, labels: Tensor, weights: Sequence[float] | None = None
-    ) -> Tensor:
-        """Cross-entropy (nats) of logits (B, H, W, C), the classes weighted; 0 without a class."""
-        given = None if weights is None else torch.tensor(weights, device=logits.device)
+        """Cross-entropy (nats), the weighted mean over pixels that have a class; 0 if none has."""
+        logits, labels = answer["logits"].float(), batch["label"]
+        weights, known = self.weights.to(logits.device), labels != IGNORE
         total = F.cross_entropy(
-            logits.float().flatten(0, 2),
-            labels.flatten(),
-            given,
-            ignore_index=IGNORE,
-            reduction="sum",
+            logits.flatten(0, 2), labels.flatten(), weights, ignore_index=IGNORE, reduction="sum"
         )
-        known = labels != IGNORE
-        share = known.float() if given is None else given[labels.where(known, 0)] * known
-        return total / share.sum().clamp(min=1e-6)
+        share = weights[labels.where(known, 0)] * known
+        mean: Tensor = total / share.sum().clamp(min=1e-6)
+        return mean
 
     def combine(
         self,

@@ -1,0 +1,1 @@
+"""Systems for tasks with an answer for every pixel."""
