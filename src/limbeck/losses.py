@@ -18,10 +18,12 @@ from limbeck.systems.detection.detection_kd import (
     hint,
     weighted_soft_targets,
 )
+from limbeck.systems.dense.sad import attention_map, iou_loss, sad
 from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 
 __all__ = [
+    "attention_map",
     "attribute_distillation",
     "bounded_regression",
     "discrimination",
@@ -32,6 +34,7 @@ __all__ = [
     "feddf",
     "fooling",
     "hint",
+    "iou_loss",
     "kd",
     "lwf",
     "lwf_multilabel",
@@ -41,6 +44,7 @@ __all__ = [
     "quantise_inputs",
     "quantise_weights",
     "ramp_up",
+    "sad",
     "shifted_kl",
     "soft_targets",
     "soften",

@@ -20,7 +20,7 @@ ROWS = torch.arange(240, 720, 10)
 
 
 def digit_scenes(size: tuple[int, int], train: int = 600, test: int = 150) -> Pools:
-    """One to three handwritten digits of various sizes and colours on pieces of photographs.
+    """One to three light handwritten digits of various sizes on pieces of photographs.
 
     Classes are ``background`` and the digits; the test scenes show digits that no training scene
     does. Digits, photographs and their pieces are scikit-learn's.
@@ -44,7 +44,7 @@ def _digits(
     pixels: Array, labels: Array, size: tuple[int, int], chance: np.random.Generator
 ) -> tuple[Array, Array]:
     """One scene, uint8 (3, H, W), with its mask, uint8 (H, W)."""
-    image = _piece(size, chance)
+    image = 0.5 * _piece(size, chance)
     mask = np.zeros(size, np.uint8)
     small = min(size)
     for _ in range(int(chance.integers(1, 4))):
@@ -53,9 +53,7 @@ def _digits(
         ink = _enlarged(pixels[which], side)
         top, left = (int(chance.integers(0, extent - side + 1)) for extent in size)
         inside = (slice(top, top + side), slice(left, left + side))
-        # A colour that differs from what lies below it.
-        below = image[:, inside[0], inside[1]].mean((1, 2))
-        colour = (below + chance.uniform(80, 175, 3)) % 256
+        colour = chance.uniform(150, 255, 3)
         part = image[:, inside[0], inside[1]]
         part += ink * (colour[:, None, None] - part)
         mask[inside][ink > 0.4] = labels[which] + 1

@@ -89,7 +89,7 @@ def sad(
 
     >>> features = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
     >>> round(float(sad(features, torch.zeros(1, 3, 2, 2), "sum_hw")), 6)
-    0.067719
+    0.06772
     """
     if len(shallow) != len(deep):
         raise UserError(
