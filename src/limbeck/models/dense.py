@@ -42,6 +42,7 @@ class Existence(nn.Sequential):
         lanes: number of outputs, (B, lanes), logits.
         size: H and W of the images, 9 or more.
 
+    >>> import torch
     >>> Existence(8, 4, (32, 48))(torch.zeros(2, 8, 4, 6)).shape
     torch.Size([2, 4])
     """
@@ -107,6 +108,7 @@ def make(
     Raises:
         UserError: there is no such network, or it cannot be made for such images.
 
+    >>> import torch
     >>> make("enet", 5, 3, (32, 32))(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 5, 32, 32])
     """
