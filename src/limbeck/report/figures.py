@@ -189,12 +189,13 @@ def plain(text: object, longest: int = 24) -> str:
 
 
 def capital(text: str) -> str:
-    """A name as a heading begins with it; one that has capitals of its own keeps them.
+    """Text as it begins a sentence; a first word with capitals of its own keeps them.
 
-    >>> capital("squared error"), capital("mAP@0.5")
-    ('Squared error', 'mAP@0.5')
+    >>> capital("mean IoU"), capital("mAP@0.5")
+    ('Mean IoU', 'mAP@0.5')
     """
-    return text.capitalize() if text == text.lower() else text
+    first = text.partition(" ")[0]
+    return text[:1].upper() + text[1:] if first == first.lower() else text
 
 
 def short(number: float) -> str:

@@ -137,7 +137,7 @@ def _verdict(result: Mapping[str, Any]) -> dict[str, str] | None:
     if not colon:
         head, rest = found["sentence"], ""
     tone = word if word in ("better", "worse") else "open"
-    return {"head": head[:1].upper() + head[1:] + colon, "rest": rest, "tone": tone}
+    return {"head": capital(head) + colon, "rest": rest, "tone": tone}
 
 
 def _table_note(result: Mapping[str, Any], headings: Sequence[str]) -> str:
