@@ -332,7 +332,7 @@ def test_what_is_found_is_how_near_the_maps_are_and_where_they_lie(done):
     }
     assert all(0 <= float(c.split()[0]) <= 100 for row in named.values() for c in row)
     assert len(found.pictures) == 2 * 3
-    assert found.pictures["test scene 1, with SAD"].shape == (32, 32, 3)
+    assert found.pictures["test scene 1, with SAD"].shape == (9 * 32, 9 * 32, 3)
     near = [float(c) for c in named["distance block2 to block3"]]
     assert near[2] < near[1], "imitated maps are nearer"
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 BLANK = (96, 96, 96)
 """The colour of pixels without a class."""
-_HIGH = 120
+_WIDE = 300
+"""Small scenes are enlarged by whole numbers up to so many pixels a sheet."""
 
 
 def sections(run: Run) -> list[Section]:
@@ -91,7 +92,7 @@ def _masks(run: Run) -> list[Section]:
                 source=_png(_tiled(tiles)),
                 alt=f"Test scene {number + 1}. {reading}",
                 lines=[("", f"test scene {number + 1}")],
-                small=image.shape[0] < _HIGH,
+                small=True,
             )
         )
     gallery = Gallery("", pictures, f"{reading}.", large=True)
@@ -113,7 +114,8 @@ def _tiled(tiles: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     for number, tile in enumerate(tiles):
         top, left = number // 2 * (height + 2), number % 2 * (width + 2)
         sheet[top : top + height, left : left + width] = tile
-    return sheet
+    times = max(1, _WIDE // sheet.shape[1])
+    return sheet.repeat(times, 0).repeat(times, 1)
 
 
 def _png(pixels: NDArray[np.uint8]) -> str:

@@ -40,6 +40,8 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 SCENES, DRAWN = 64, 2
 """So many test scenes are looked at for the findings, and so many are drawn."""
+WIDE = 300
+"""Small scenes are enlarged by whole numbers up to so many pixels a picture."""
 
 
 def energy(features: Tensor) -> Tensor:
@@ -363,7 +365,9 @@ class SAD(Method):
             tiles.append(torch.from_numpy(colormaps["magma"](bright)[..., :3] * 255).round())
         tiles += [torch.full_like(tiles[0], 255)] * (len(tiles) % 2)
         lines = [torch.cat(tiles[i : i + 2], 1) for i in range(0, len(tiles), 2)]
-        return torch.cat([line.to(torch.uint8) for line in lines])
+        sheet = torch.cat([line.to(torch.uint8) for line in lines])
+        times = max(1, WIDE // sheet.shape[1])
+        return sheet.repeat_interleave(times, 0).repeat_interleave(times, 1)
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
