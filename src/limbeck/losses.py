@@ -13,12 +13,12 @@ from limbeck.systems.classification.ktan import discrimination, feature_distance
 from limbeck.systems.classification.nst import nst
 from limbeck.systems.compression.qkd import quantise_inputs, quantise_weights
 from limbeck.systems.continual.lwf import lwf, lwf_multilabel
+from limbeck.systems.dense.sad import attention_map, iou_loss, sad
 from limbeck.systems.detection.detection_kd import (
     bounded_regression,
     hint,
     weighted_soft_targets,
 )
-from limbeck.systems.dense.sad import attention_map, iou_loss, sad
 from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 
