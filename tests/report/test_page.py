@@ -441,6 +441,19 @@ def test_what_only_a_method_found_is_shown_with_its_table_charts_and_pictures(ma
     assert "<input>" not in page.write(run).read_text(encoding="utf-8")
 
 
+def test_a_chart_joins_no_points_that_are_dots(make_run, tmp_path):
+    run = make_run(tmp_path / "run", seeds=3)
+    points = {"baseline": [(0, 0.5), (5, 0.2), (9, 0.7)], "student": [(0, 0.5), (9, 0.7)]}
+
+    def drawn(dots: tuple[str, ...]) -> str:
+        found = Finding("Search", "", charts=[Chart("Search", "cost", "rating", points, dots)])
+        run.write_json("findings.json", {"findings": [found.as_json()]})
+        return page.write(run).read_text(encoding="utf-8")
+
+    (joined, apart) = (drawn(dots).count("<use ") for dots in ((), ("baseline",)))
+    assert apart - joined >= 3
+
+
 def test_two_networks_that_are_compared_go_by_their_names(make_run, tmp_path):
     run = make_run(tmp_path / "run", seeds=3, roles=("baseline", "student"))
     change(run, names={"student": "densenet", "baseline": "stack"})

@@ -67,8 +67,17 @@ def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> 
             dashes = _DASHES[drawn.get(colour, 0) % len(_DASHES)]
             drawn[colour] = drawn.get(colour, 0) + 1
             xs, ys = [x for x, _ in points], [y for _, y in points]
-            mark = "o" if len(points) == 1 else None
-            axes.plot(xs, ys, color=colour, linestyle=dashes, marker=mark, label=said[name])
+            apart = name in chart.get("dots", ())
+            mark = "o" if apart or len(points) == 1 else None
+            axes.plot(
+                xs,
+                ys,
+                color=colour,
+                linestyle="none" if apart else dashes,
+                marker=mark,
+                markersize=4 if apart else None,
+                label=said[name],
+            )
         axes.set_title(plain(chart["title"], 40))
         axes.set_xlabel(plain(chart["x"]))
         axes.set_ylabel(plain(chart["y"]))

@@ -16,13 +16,14 @@ class Chart:
     """Lines over a common axis.
 
     ``lines`` holds points (x, y) by the lines' names; a name ``teacher``, ``baseline`` or
-    ``student`` has that role's colour.
+    ``student`` has that role's colour. The points of those named in ``dots`` are not joined.
     """
 
     title: str
     x: str
     y: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
+    dots: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
