@@ -21,6 +21,7 @@ from limbeck.systems.detection.detection_kd import (
 )
 from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
+from limbeck.systems.search.dna import relative_l1, similarity_divergence
 
 __all__ = [
     "attention_map",
@@ -45,7 +46,9 @@ __all__ = [
     "quantise_weights",
     "ramp_up",
     "sad",
+    "relative_l1",
     "shifted_kl",
+    "similarity_divergence",
     "soft_targets",
     "soften",
     "weighted_soft_targets",

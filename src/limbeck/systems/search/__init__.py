@@ -1,0 +1,1 @@
+"""Systems that search for an architecture."""
