@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
@@ -124,8 +125,7 @@ def similarity_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def _likeness(features: Tensor) -> Tensor:
     rows = features.flatten(1)
     rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + 1e-7)
-    cosines = (rows @ rows.T + 1) / 2
-    return cosines / cosines.sum(1, keepdim=True)
+    return F.normalize((rows @ rows.T + 1) / 2, p=1, dim=1)
 
 
 def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
