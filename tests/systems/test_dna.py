@@ -539,11 +539,13 @@ def test_phases_follow_each_other_and_all_networks_have_the_same_budget(tmp_path
 
 
 def test_each_seed_has_a_search_of_its_own_and_networks_are_ranked_once(tmp_path):
-    laid, dna, phases = bench(seeds=(0, 1)), method(ranked=2), []
+    laid, dna, phases = bench(seeds=(0, 1)), method(), []
     carry_out(tmp_path / "run", dna, laid, phases.append)
     assert dna.ratings[0] != dna.ratings[1]
-    assert [p.name for p in phases if p.name.startswith("ranked")] == ["ranked-1@0", "ranked-2@0"]
-    assert len(dna.rivals) == 2
+    assert [p.name for p in phases if p.name.startswith("ranked")] == [
+        f"ranked-{n}@0" for n in (1, 2, 3)
+    ]
+    assert len(dna.rivals) == 3
     assert set(laid.students) == set(laid.further["random"]) == {0, 1}
 
 
@@ -651,7 +653,7 @@ def test_what_was_rated_already_is_not_rated_again(tmp_path, monkeypatch):
         ({"cost": "latency"}, "cost"),
         ({"loss": "l1"}, "loss"),
         ({"teacher_layers": ()}, "teacher_layers"),
-        ({"ranked": -1}, "ranked"),
+        ({"ranked": 2}, "ranked"),
         ({"blocs": QUICK}, "no parameter 'blocs'; did you mean blocks"),
     ],
 )
@@ -699,6 +701,28 @@ def test_a_rehearsal_changes_nothing():
     assert laid.candidates[0].network.training == before.training
 
 
+@pytest.mark.parametrize(
+    ("loss", "formula"),
+    [("mse", lambda s, t: (s - t).square().mean()), ("similarities", similarity_divergence)],
+)
+def test_a_block_learns_by_its_loss_on_the_path_drawn(tmp_path, loss, formula):
+    found = {}
+
+    def look(phase):
+        if phase.name == "block-2":
+            net, batch = phase.modules()["block"], laid.sample()
+            torch.manual_seed(5)
+            found["term"] = phase.updates[0].terms(batch)["features"].item()
+            torch.manual_seed(5)
+            model = copy.deepcopy(laid.candidates[0].network.model).eval()
+            first = model.stage1(model.stem(GREY(batch["image"])))
+            found["expected"] = formula(net(first, net.draw()), model.stage2(first)).item()
+
+    laid = bench()
+    carry_out(tmp_path / "run", method(loss=loss, ranked=0), laid, look)
+    assert found["term"] == pytest.approx(found["expected"], rel=1e-4)
+
+
 def test_a_method_with_phases_is_not_added_to_another():
     with pytest.raises(UserError, match="DNA has phases of its own"):
         DNA() + limbeck.KD()
@@ -719,7 +743,7 @@ def test_the_smoke_run_delivers_a_network_that_is_built_by_its_name(tmp_path, co
     assert rating == pytest.approx(min(below))
     assert all(
         min((r for c, r in lines["best within a budget"] if c <= x), default=9) <= y + 1e-9
-        for x, y in lines["any, drawn at random"]
+        for x, y in lines["any network"]
     )
     report = (run / "report.html").read_text()
     assert "Rating and cost" in report

@@ -119,9 +119,9 @@ class DNA(Method):
 
     tasks = ("classification",)
     roles: Mapping[str, str] = {
-        "baseline": "as given",
-        "student": "found",
-        "random": "drawn at random",
+        "baseline": "network as given",
+        "student": "network found",
+        "random": "network at random",
     }
 
     def __init__(
@@ -155,7 +155,7 @@ class DNA(Method):
         loss: Literal["mse", "similarities"] = "mse",
         teacher_bn: Literal["running", "batch"] = "running",
         rating_batches: Annotated[int, Field(ge=1)] = 20,
-        ranked: Annotated[int, Field(ge=0)] = 0,
+        ranked: Literal[0] | Annotated[int, Field(ge=3)] = 0,
         ranked_share: Annotated[float, Field(gt=0, le=1)] = 1.0,
     ) -> None:
         super().__init__()
@@ -202,7 +202,11 @@ class DNA(Method):
             for number, _ in enumerate(space.cells):
                 self._check_block(bench, given, teacher, space, number, sample)
             labelled = sample if bench.task.labelled(sample) else bench.sample(bench.train)
-            bench.task.loss(bench.task.run(given, labelled), labelled)
+            rival = (
+                given if bench.rival is None else bench.laid_out(bench.rival.make(bench.seeds[0]))
+            )
+            for one in (given, rival):
+                bench.task.loss(bench.task.run(one, labelled), labelled)
 
     def _check_numbers(self, space: Space) -> None:
         """See to it that everything that is said of each block is said of all."""
@@ -265,13 +269,16 @@ class DNA(Method):
     # The blocks.
 
     def _teacher(self, bench: Bench, given: Network, network: Network) -> Teacher:
-        """The teacher whose features are learned from: it sees images as large as the student."""
+        """The teacher of the blocks, which sees images as large as the student's.
+
+        Its maps are too many to be remembered on disk.
+        """
         fed, wanted = network.input, given.input
         if isinstance(fed, Input) and isinstance(wanted, Input) and fed.size != wanted.size:
             resized = Network(network.model, replace(fed, size=wanted.size), network.name)
             network = resized.lay_out(network.memory_format)
         if self.teacher_bn == "running":
-            return bench.frozen([network], bench.cache)
+            return bench.frozen([network], None)
         network = copy.deepcopy(network)
         for norm in network.modules():
             if isinstance(norm, nn.BatchNorm2d):
@@ -469,7 +476,7 @@ class DNA(Method):
             "same budget and measured on the test split."
         )
         if values["random"]:
-            names = "network drawn at random", "found network"
+            names = self.roles["random"], self.roles["student"]
             higher = bench.task.higher_is_better
             found = verdict(values["random"], values["student"], higher, names).sentence
             caption += f" {found[:1].upper()}{found[1:]}."
@@ -483,7 +490,7 @@ class DNA(Method):
             return space.cost_of(places), _sum(ratings, places)
 
         lines = {
-            "any, drawn at random": [at(space.draw(generator)) for _ in range(SHOWN)],
+            "any network": [at(space.draw(generator)) for _ in range(SHOWN)],
             "best within a budget": [(c.cost, c.rating) for c in frontier(space.blocks(ratings))],
         }
         if (given := space.places_of(space.plan)) is not None:
@@ -494,7 +501,7 @@ class DNA(Method):
             CALLED[self.cost],
             "sum of ratings",
             lines,
-            dots=("any, drawn at random", "baseline", "student"),
+            dots=("any network", "baseline", "student"),
         )
         caption = (
             "The sum of the ratings of a network's blocks, the lower the better, over what the "
