@@ -40,7 +40,7 @@ from limbeck.systems.search.dna.networks import (
     network,
     stem_of,
 )
-from limbeck.systems.search.dna.space import Cell, Cost, Places, Space
+from limbeck.systems.search.dna.space import Cost, Places, Space
 from limbeck.systems.search.dna.supernet import (
     Supernet,
     rate,
@@ -189,8 +189,8 @@ class DNA(Method):
             raise UserError("candidates are rated on validation data; give some")
         with torch.random.fork_rng():
             given = bench.laid_out(bench.make_student(bench.seeds[0]))
+            self._check_numbers(_model(given).plan)
             space = self._space(bench, given)
-            self._check_numbers(space)
             if space.cheapest > self._budget(space):
                 raise UserError(
                     f"no network of the space costs {self._budget(space):,.0f} {CALLED[self.cost]} "
@@ -208,9 +208,9 @@ class DNA(Method):
             for one in (given, rival):
                 bench.task.loss(bench.task.run(one, labelled), labelled)
 
-    def _check_numbers(self, space: Space) -> None:
+    def _check_numbers(self, plan: Plan) -> None:
         """See to it that everything that is said of each block is said of all."""
-        blocks = len(space.cells)
+        blocks = len(plan.stages)
         for told, number in (
             ("teacher_layers", len(self.layers)),
             ("cells", len(self.cells) or blocks),
@@ -218,7 +218,7 @@ class DNA(Method):
         ):
             if number != blocks:
                 raise UserError(
-                    f"{told} has {number} entries, but the student {space.plan.name} has {blocks} "
+                    f"{told} has {number} entries, but the student {plan.name} has {blocks} "
                     "stages, each of which is a block; give one for each"
                 )
 
@@ -245,21 +245,12 @@ class DNA(Method):
             )
 
     def _space(self, bench: Bench, given: Network) -> Space:
-        model = given.model
-        if not isinstance(model, DNANet):
-            raise UserError(
-                f"the student {given.name or type(model).__name__} is no network of the space; "
-                "give one whose name begins with dna-, such as dna-16-24.33.33-48s2.33.33, which "
-                "says how many blocks there are, how wide and how deep"
-            )
+        model = _model(given)
         channels, height, width = bench.sample()["image"].shape[1:]
         if isinstance(given.input, Input):
             channels, (height, width) = given.input.channels, given.input.size
-        cells: Sequence[Sequence[Cell]] = self.cells
-        if cells and len(cells) != len(model.plan.stages):
-            cells = ()  # which is complained of later
         view = (channels, height, width)
-        return Space(model.plan, cells, self.operations, view, model.classes, self.cost)
+        return Space(model.plan, self.cells, self.operations, view, model.classes, self.cost)
 
     def _budget(self, space: Space) -> float:
         if self.budget is not None:
@@ -432,10 +423,10 @@ class DNA(Method):
 
     def _made(self, bench: Bench, given: Network, plan: Plan, seed: int) -> Network:
         """A network by its plan, with fresh weights."""
-        assert isinstance(given.model, DNANet)
+        alike = _model(given)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = DNANet(plan, given.model.classes, given.model.channels)
+            model = DNANet(plan, alike.classes, alike.channels)
         made = bench.laid_out(Network(model, given.input, plan.name, given.classes))
         made.compile_model(bench.engine.compile)
         return made
@@ -559,6 +550,17 @@ class DNA(Method):
             "test split. Tau is 1 where two orders agree, 0 where one tells nothing of the other."
         )
         return Finding("Ranking", caption, rows, charts=[chart])
+
+
+def _model(given: Network) -> DNANet:
+    """The model of a student, which is to be a network of the space."""
+    if not isinstance(given.model, DNANet):
+        raise UserError(
+            f"the student {given.name or type(given.model).__name__} is no network of the space; "
+            "give one whose name begins with dna-, such as dna-16-24.33.33-48s2.33.33, which says "
+            "how many blocks there are, how wide and how deep"
+        )
+    return given.model
 
 
 def _generator(*numbers: int) -> torch.Generator:
