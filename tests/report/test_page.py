@@ -424,7 +424,15 @@ def test_what_only_a_method_found_is_shown_with_its_table_charts_and_pictures(ma
         title="Percentiles",
         caption="Of one unit's <input>.",
         table=[["", "steps"], ["with", "40"]],
-        charts=[Chart("Median", "step", "input", {"student 50 %": [(0, 0.5), (9, 0.7)]})],
+        charts=[
+            Chart(
+                "Median",
+                "step",
+                "input",
+                {"student 50 %": [(0, 0.5), (9, 0.7)]},
+                {"student 50 %": [(0, 0.4, 0.6), (9, 0.65, 0.8)]},
+            )
+        ],
         pictures={"unit 7": torch.arange(64).view(8, 8).byte()},
     )
     change(run, names={"student": "with batch norm", "baseline": "without"})
@@ -438,6 +446,7 @@ def test_what_only_a_method_found_is_shown_with_its_table_charts_and_pictures(ma
         for d in shown.all("div")
     )
     assert any(i["alt"] == "unit 7" for i in shown.all("img"))
+    assert "FillBetween" in page.write(run).read_text(encoding="utf-8")
     assert "<input>" not in page.write(run).read_text(encoding="utf-8")
 
 

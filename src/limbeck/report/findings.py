@@ -78,6 +78,9 @@ def _chart(anchor: str, chart: Mapping[str, Any], called: Mapping[str, str]) -> 
                 markersize=4 if apart else None,
                 label=said[name],
             )
+            if band := chart.get("bands", {}).get(name):
+                at, low, high = zip(*band, strict=True)
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(plain(chart["title"], 40))
         axes.set_xlabel(plain(chart["x"]))
         axes.set_ylabel(plain(chart["y"]))

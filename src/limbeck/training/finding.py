@@ -17,6 +17,8 @@ class Chart:
 
     ``lines`` holds points (x, y) by the lines' names; a name ``teacher``, ``baseline`` or
     ``student`` has that role's colour. The points of those named in ``dots`` are not joined.
+    ``bands`` holds points (x, low, high) by the name of a line
+    around which they lie, such as the interval of a mean.
     """
 
     title: str
@@ -24,6 +26,7 @@ class Chart:
     y: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     dots: Sequence[str] = ()
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
