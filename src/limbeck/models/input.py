@@ -22,6 +22,7 @@ KINDS = {
     "boxed": "limbeck.models.detectors:BoxedInput",
     "scenes": "limbeck.models.dense:SceneInput",
     "lanes": "limbeck.models.dense:LaneInput",
+    "observations": "limbeck.models.policy:Observations",
 }
 """Kinds of intake, as a stored network names them, and the class of each."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.report import attributes, classification, detection, findings, segmentation
+from limbeck.report import attributes, classification, control, findings
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -40,6 +41,7 @@ SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
     "detection": detection.sections,
     "lanes": segmentation.sections,
     "segmentation": segmentation.sections,
+    "control": control.sections,
     "sequence": classification.sections,
 }
 

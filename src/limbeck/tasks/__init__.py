@@ -14,6 +14,7 @@ DOMAINS = {
     "classification": "limbeck.tasks.images:ImageClassification",
     "attributes": "limbeck.tasks.images:ImageAttributes",
     "detection": "limbeck.tasks.detection:ImageDetection",
+    "control": "limbeck.tasks.control:Environments",
     "sequence": "limbeck.tasks.images:ImageSequence",
     "segmentation": "limbeck.tasks.scenes:ImageSegmentation",
     "lanes": "limbeck.tasks.scenes:ImageLanes",
