@@ -22,12 +22,14 @@ from limbeck.systems.detection.detection_kd import (
 from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 from limbeck.systems.search.dna import relative_l1, similarity_divergence
+from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
 
 __all__ = [
     "attention_map",
     "attribute_distillation",
     "bounded_regression",
     "discrimination",
+    "dual_policy",
     "embedding_distillation",
     "ensemble_targets",
     "factor_transfer",
@@ -42,6 +44,7 @@ __all__ = [
     "match_logits",
     "mutual_distillation",
     "nst",
+    "peer_weights",
     "quantise_inputs",
     "quantise_weights",
     "ramp_up",

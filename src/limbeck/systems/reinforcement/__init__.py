@@ -1,0 +1,1 @@
+"""Policies that learn by reward and from one another."""
