@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -16,8 +17,10 @@ def test_a_system_runs_on_the_embedded_data(slug, tmp_path, command):
     assert (status, wrong) == (0, "")
     assert "report.html" in said
     result = json.loads((run / "result.json").read_text())
-    # Better than a guess among ten classes or two, in whatever the task measures.
-    assert 0.15 < result["student"] <= 1
+    if "accuracy" in result["metric"]["name"] or "precision" in result["metric"]["name"]:
+        # Better than a guess among ten classes or two.
+        assert 0.15 < result["student"] <= 1
+    assert math.isfinite(result["student"])
     assert result["baseline"] is not None
     assert (run / "student.safetensors").is_file()
     assert (run / "report.html").stat().st_size > 20_000
