@@ -390,6 +390,7 @@ def test_the_report_has_the_course_with_its_interval_and_an_episode(tmp_path):
     assert "two learners apart" in page
     result = done.result()
     assert result["metric"] == {"name": "return", "higher_is_better": True}
+    assert distillation.measure(f"run:{done.path}", "Pendulum-v1")["length"] == 200
     assert all({"baseline", "student", "peer", "reversed"} <= set(s) for s in result["seeds"])
 
 

@@ -333,18 +333,24 @@ class DualPolicy(Method):
             learners = [own._learner(bench, _policy(network)) for network in networks]
         if way != "baseline" and len(learners) == 2:
             learners[0].peer, learners[1].peer = learners[1], learners[0]
-        course = []
-        for epoch in range(bench.training.epochs * (1 if len(learners) == 2 else 2)):
-            work = partial(self._epoch, bench, seed, epoch, learners, networks)
-            done = journal.remember(f"{epoch:06d}", work)
-            for learner, state in zip(learners, done["learners"], strict=True):
-                learner.put_back(state)
-            course.append(done["found"])
+        course, name = [], bench.label(way, seed)
+        epochs = bench.training.epochs * (1 if len(learners) == 2 else 2)
+        bench.voice.begin(name, epochs)
+        try:
+            for epoch in range(epochs):
+                work = partial(self._epoch, bench, seed, epoch, learners, networks)
+                done = journal.remember(f"{epoch:06d}", work)
+                for learner, state in zip(learners, done["learners"], strict=True):
+                    learner.put_back(state)
+                course.append(done["found"])
+                earned = {"return": _mean(course[-1]["returns"])}
+                bench.voice.step(epoch + 1, earned, self.rollout * self.cycles * len(learners))
+        finally:
+            bench.voice.end()
         if course:
             ends = " and ".join(f"{value:.4g}" for value in course[-1]["returns"])
             bench.voice.say(
-                f"{bench.label(way, seed)}: {course[-1]['steps']:,} steps, return {ends} on the "
-                "validation episodes"
+                f"{name}: {course[-1]['steps']:,} steps, return {ends} on the validation episodes"
             )
         return course
 
