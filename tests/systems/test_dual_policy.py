@@ -13,6 +13,7 @@ from limbeck.catalogue import system
 from limbeck.errors import UserError
 from limbeck.losses import dual_policy, peer_weights
 from limbeck.models import build, load
+from limbeck.models.policy import Observations
 from limbeck.systems.reinforcement.dual_policy import (
     DualPolicy,
     choice_distance,
@@ -437,3 +438,14 @@ def test_presets_are_recipes():
     for name in chosen.presets:
         for kind in ("Pendulum-v1", "CartPole-v1", "Acrobot-v1"):
             recipes.validate(recipes.preset(chosen, name, kind))
+
+
+def test_the_paper_preset_has_networks_of_published_size_and_splits_the_published_steps():
+    recipe = recipes.validate(recipes.preset(system("dual-policy"), "paper", "HalfCheetah-v5"))
+    bounds = (-1.0,) * 6, (1.0,) * 6
+    policy = build(recipe.student.model, [str(i) for i in range(6)], Observations(17, *bounds))
+    assert sum(p.numel() for p in policy.parameters()) == 5958
+    method = recipe.method()
+    cycle = method.rollout * method.cycles
+    assert 2 * recipe.student.training.epochs * cycle == 5_000_000
+    assert (method.alpha, method.states, method.updates) == (0.75, 64, 50)

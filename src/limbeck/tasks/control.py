@@ -118,7 +118,11 @@ class Control(Task):
     does without dice: the most probable action, or the mean of numbers, brought within bounds.
 
     Args:
-        name: the environment's id.
+        environment: its id.
+        device: where policies live.
+
+    Raises:
+        UserError: see :func:`make`.
 
     Example:
         >>> Control("Pendulum-v1").outputs
