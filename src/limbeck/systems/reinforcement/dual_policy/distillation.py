@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from limbeck.errors import UserError
 from limbeck.extras import need
 from limbeck.models.policy import Policy
-from limbeck.report.verdict import mean_interval, said
+from limbeck.report.verdict import mean_interval
 from limbeck.tasks.control import Control
 from limbeck.training.bench import Bench
 from limbeck.training.finding import Chart, Finding
@@ -437,7 +437,7 @@ class DualPolicy(Method):
                     earned = bench.task.measure(network, bench.test)["return"]
                     (better if number == self.chosen[way, seed] else other).append(earned)
             steps = f"{courses[0][-1]['steps']:,}"
-            cells = [said(while_learning), said(better), said(other) if other else ""]
+            cells = [_said(values) if values else "" for values in (while_learning, better, other)]
             if self.threshold is not None:
                 cells.append(_reached(courses, self.threshold))
             rows.append([self.roles[way], steps, *cells])
@@ -458,6 +458,16 @@ def _reached(courses: Sequence[Sequence[Mapping[str, Any]]], threshold: float) -
     if not there:
         return f"none of {len(courses)} seeds"
     return f"{_mean(there):,.0f} ({len(there)} of {len(courses)} seeds)"
+
+
+def _said(values: Sequence[float]) -> str:
+    """Returns as people read them, with half the interval over the seeds.
+
+    >>> _said([-150.04]), _said([1.0, 3.0])
+    ('-150.0', '2.0 ± 12.7')
+    """
+    mean, half = mean_interval(values)
+    return f"{mean:.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
 
 def _mean(values: Sequence[float]) -> float:
