@@ -265,6 +265,15 @@ def test_states_come_from_the_peers_memory(monkeypatch):
     assert (heard[0] == 7.0).all()
 
 
+@pytest.mark.parametrize("algorithm", ["ddpg", "ppo"])
+def test_a_learner_that_became_nan_is_one_sentence(algorithm):
+    one, _ = pair(algorithm)
+    with torch.no_grad():
+        one.policy.head.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"became NaN or infinite .* lower student\.training\.lr"):
+        one.cycle()
+
+
 def test_distillation_follows_every_so_many_updates():
     one, other = pair(every=2, updates=4)
     one.peer, one.updates = other, 0

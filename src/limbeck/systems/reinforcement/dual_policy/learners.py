@@ -22,6 +22,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
 
+from limbeck.errors import UserError
 from limbeck.models.policy import Policy, Standardise, begin, hidden
 from limbeck.systems.reinforcement.dual_policy.distillation import (
     choice_distance,
@@ -124,11 +125,27 @@ class Learner(ABC):
         self.engine.set_env(self.engine.env, force_reset=True)
 
     def cycle(self) -> None:
-        """Act for a rollout, and learn from it."""
+        """Act for a rollout, and learn from it.
+
+        Raises:
+            UserError: a network became NaN or infinite.
+        """
         before = self.memory().pos
-        self.engine.learn(self.method.rollout, log_interval=10**9, reset_num_timesteps=False)
+        try:
+            self.engine.learn(self.method.rollout, log_interval=10**9, reset_num_timesteps=False)
+        except ValueError:  # A distribution of NaN is none.
+            self._check()
+            raise
+        self._check()
         self._remember()
         self.policy.standardise.look(torch.from_numpy(self._since(before)["observations"][:, 0]))
+
+    def _check(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.engine.policy.parameters()):
+            raise UserError(
+                f"a learner's networks became NaN or infinite by its {self.engine.num_timesteps:,} "
+                "steps; lower student.training.lr (the last epoch before it stands)"
+            )
 
     def _remember(self) -> None:
         """Keep what the algorithm's own buffer will forget."""
