@@ -21,8 +21,8 @@ from limbeck.systems.detection.detection_kd import (
 )
 from limbeck.systems.federated.feddf import feddf
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
-from limbeck.systems.search.dna import relative_l1, similarity_divergence
 from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
+from limbeck.systems.search.dna import relative_l1, similarity_divergence
 
 __all__ = [
     "attention_map",

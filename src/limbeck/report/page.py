@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.report import attributes, classification, detection, findings, segmentation
-from limbeck.report import attributes, classification, control, findings
+from limbeck.report import attributes, classification, control, detection, findings, segmentation
 from limbeck.report.figures import (
     COLOURS,
     INK,

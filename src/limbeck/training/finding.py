@@ -17,8 +17,8 @@ class Chart:
 
     ``lines`` holds points (x, y) by the lines' names; a name ``teacher``, ``baseline`` or
     ``student`` has that role's colour. The points of those named in ``dots`` are not joined.
-    ``bands`` holds points (x, low, high) by the name of a line
-    around which they lie, such as the interval of a mean.
+    ``bands`` holds points (x, low, high) by the name of a line around which they lie, such as the
+    interval of a mean.
     """
 
     title: str

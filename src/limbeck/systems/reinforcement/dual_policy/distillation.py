@@ -406,7 +406,9 @@ class DualPolicy(Method):
                 lines[name].append((steps, mean))
                 if half is not None:
                     bands[name].append((steps, mean - half, mean + half))
-        charts = [Chart("Validation episodes", "steps, of both learners", "return", lines, bands)]
+        charts = [
+            Chart("Validation episodes", "steps, of both learners", "return", lines, bands=bands)
+        ]
         if any(p["imitation"][0] for p in self.courses["student", bench.seeds[0]]):
             imitation = [
                 (p[0]["steps"], _mean([_mean(q["imitation"]) for q in p]))
