@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,24 @@ from limbeck.errors import UserError
 _TEST, _VALIDATION, _SUBSET, _SAMPLE = 11, 12, 13, 14
 
 
-def hold_out(split: Split, fraction: float, name: str, purpose: int) -> tuple[Split, Split]:
+class Samples(Protocol):
+    """What a split has, of images or of anything else: labels, and an identity each."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+
+    @property
+    def rows(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Self: ...
+
+
+S = TypeVar("S", bound=Samples)
+
+
+def hold_out(split: S, fraction: float, name: str, purpose: int) -> tuple[S, S]:
     """Part a split in two, stratified by class: what stays, and what is held out.
 
     Each class gives the samples whose identity hashes lowest, at least one and never its last, so
@@ -27,23 +45,23 @@ def hold_out(split: Split, fraction: float, name: str, purpose: int) -> tuple[Sp
     return split.subset(keep), split.subset(held, name)
 
 
-def split_off_validation(train: Split, fraction: float) -> tuple[Split, Split]:
+def split_off_validation(train: S, fraction: float) -> tuple[S, S]:
     """Training and validation split out of a training split."""
     return hold_out(train, fraction, "validation", _VALIDATION)
 
 
-def split_off_test(pool: Split, fraction: float = 0.2) -> tuple[Split, Split]:
+def split_off_test(pool: S, fraction: float = 0.2) -> tuple[S, S]:
     """Training and test split out of a pool of samples."""
     return hold_out(pool, fraction, "test", _TEST)
 
 
-def sample(split: Split, most: int) -> Split:
+def sample(split: S, most: int) -> S:
     """At most so many samples of a split, chosen by their identities, in its order."""
     order = uniforms(split.rows, 1, seed=_SAMPLE, view=0).flatten().argsort(stable=True)
     return split.subset(order[:most].sort().values)
 
 
-def _lowest(split: Split, fraction: float, purpose: int, spared: int = 0) -> Tensor:
+def _lowest(split: Samples, fraction: float, purpose: int, spared: int = 0) -> Tensor:
     """Positions of the share ``fraction`` of each class with the lowest hashes.
 
     At least one of each class is taken, and so many are ``spared`` whatever the share.

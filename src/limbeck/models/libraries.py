@@ -141,7 +141,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _try(model: nn.Module, input: Intake, classes: int) -> None:
     model.eval()
     with torch.no_grad():
-        output = model(input(input.sample()))
+        output = Network(model, input)(input.sample())
     model.train()
     input.check(output, classes)
 

@@ -112,11 +112,10 @@ class Attributes(Classification):
     def probabilities(logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
-    def measure(
-        self, network: Network | Teacher, split: Split | DataLoader[Any]
-    ) -> dict[str, float]:
+    @staticmethod
+    def measures(logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Mean average precision and mean accuracy (0..1), binary cross-entropy (nats)."""
-        return measures(*self.predict(network, split))
+        return measures(logits, labels)
 
     def compare(
         self, networks: Mapping[str, Network | Teacher], split: Split | DataLoader[Any]

@@ -18,12 +18,14 @@ from limbeck.data.data import Split
 from limbeck.errors import UserError, did_you_mean
 from limbeck.training.network import Network
 from limbeck.training.taps import Taps
-from limbeck.training.task import Answer, Batch, Batches, Task, model_output
+from limbeck.training.task import Answer, Batch, Batches, Task, model_output, moved
 from limbeck.training.teacher import Teacher
 
 
 class Classification(Task):
     """Image classification: ``image`` and ``label`` in a batch, ``logits`` (B, C) in an answer.
+
+    Classification of something else names in ``seen`` what its batches hold instead of ``image``.
 
     Args:
         classes: the class names in the order of the labels.
@@ -33,6 +35,7 @@ class Classification(Task):
     """
 
     name: ClassVar[str] = "classification"
+    seen: ClassVar[str] = "image"
     distributions: ClassVar[tuple[str, ...]] = ("logits",)
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
@@ -77,8 +80,8 @@ class Classification(Task):
 
     def run(self, network: Network, batch: Batch, taps: Taps | None = None) -> Answer:
         if taps is None or not taps.paths:
-            return Answer({"logits": model_output(network(batch["image"]))})
-        output, features = taps.watch(network, batch["image"])
+            return Answer({"logits": model_output(network(batch[self.seen]))})
+        output, features = taps.watch(network, batch[self.seen])
         return Answer({} if output is None else {"logits": model_output(output)}, features)
 
     def loss(self, answer: Answer, batch: Batch) -> Tensor:
@@ -142,8 +145,7 @@ class Classification(Task):
         for batch in self.batches(split, batch_size=256).epoch(0):
             if "label" not in batch:
                 raise UserError("what a network is measured on needs labels, and these have none")
-            batch["image"] = batch["image"].to(self.device, non_blocking=True)
-            logits.append(self.answer(network, batch)["logits"].float())
+            logits.append(self.answer(network, moved(batch, self.device))["logits"].float())
             labels.append(batch["label"])
         network.train(was_training)
         if not sum(map(len, logits)):
@@ -155,7 +157,12 @@ class Classification(Task):
         self, network: Network | Teacher, split: Split | DataLoader[Any]
     ) -> dict[str, float]:
         """Accuracy and top-5 accuracy (0..1), cross-entropy (nats), calibration error (0..1)."""
-        return measures(*self.predict(network, split))
+        return self.measures(*self.predict(network, split))
+
+    @staticmethod
+    def measures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """What is measured, from logits (N, C) and labels (N,)."""
+        return measures(logits, labels)
 
     def compare(
         self, networks: Mapping[str, Network | Teacher], split: Split | DataLoader[Any]
@@ -166,7 +173,7 @@ class Classification(Task):
         for name, network in networks.items():
             logits, labels = self.predict(network, split)
             predicted[name] = logits.argmax(1)
-            facts["measures"][name] = measures(logits, labels)
+            facts["measures"][name] = self.measures(logits, labels)
             wrong = labels[predicted[name] != labels]
             facts["errors"][name] = {
                 "total": len(wrong),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ class Network(nn.Module):
     Args:
         model: any module; its own state-dict keys are what is written to disk.
         input: turns a view of a sample into this model's input (a frozen dataclass such as
-            :class:`limbeck.models.Input`); ``None`` hands batches over untouched.
+            :class:`limbeck.models.Input`), or into several by name; ``None`` hands batches over
+            untouched.
         name: the name ``limbeck.models.build`` knows it by, or "" for a module built elsewhere.
         classes: the class names its outputs stand for, in order; empty if unknown.
 
@@ -47,10 +48,18 @@ class Network(nn.Module):
     def forward(self, view: Any) -> Any:
         """Run the model on a geometric view of a batch of samples."""
         fed = view if self.input is None else self.input(view)
+        if isinstance(fed, Mapping):
+            return self.model(**self._placed(fed))
         if isinstance(fed, Tensor) and fed.is_floating_point():
             format = self.memory_format if fed.ndim == 4 else torch.preserve_format
             fed = fed.to(self.dtype or fed.dtype, memory_format=format)
         return self.model(fed)
+
+    def _placed(self, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a model is fed by name, where its weights lie: not every view lies on a device."""
+        found = next(self.model.parameters(), None)
+        device = torch.device("cpu") if found is None else found.device
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in fed.items()}
 
     def lay_out(
         self, memory_format: torch.memory_format, dtype: torch.dtype | None = None

@@ -18,8 +18,8 @@ class Training(BaseModel):
     """How a model is trained: budget, optimiser and learning rate.
 
     ``milestones`` are epochs after which a ``step`` schedule multiplies the rate by ``gamma``;
-    ``cosine`` and ``poly``, (1 - done)^0.9, fall to zero at the last step; ``warmup`` epochs rise
-    linearly from zero.
+    ``cosine``, ``linear`` and ``poly``, (1 - done)^0.9, fall to zero at the last step; ``warmup``
+    epochs rise linearly from zero.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +41,7 @@ class Training(BaseModel):
     decay: Literal["all", "kernels"] = Field(
         default="all", description="kernels: not biases, norms and depthwise filters"
     )
-    schedule: Literal["constant", "step", "cosine", "poly"] = "cosine"
+    schedule: Literal["constant", "step", "cosine", "linear", "poly"] = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = Field(default=0.1, gt=0, le=1)
     warmup: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="epochs")
@@ -59,6 +59,8 @@ class Training(BaseModel):
         0.5
         >>> round(Training(schedule="poly", epochs=2).factor(1.0), 4)
         0.5359
+        >>> Training(schedule="linear", epochs=5, warmup=1).factor(2.0)
+        0.75
         """
         if epoch < self.warmup:
             return epoch / self.warmup
@@ -67,9 +69,9 @@ class Training(BaseModel):
         if self.schedule == "constant":
             return 1.0
         done = min((epoch - self.warmup) / max(self.epochs - self.warmup, 1e-12), 1.0)
-        if self.schedule == "poly":
-            return float((1 - done) ** 0.9)
-        return 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return float((1 - done) ** (0.9 if self.schedule == "poly" else 1))
 
     def stretched(self, factor: float) -> Training:
         """The same training over so many times the epochs, at least one of them.

@@ -156,13 +156,16 @@ class _Worker:
 
 def _slices(batch: Batch, number: int) -> list[tuple[Batch, float]]:
     """A batch in ``number`` slices along the samples, each with its share of them."""
-    sizes = [len(v) for v in batch.values() if isinstance(v, Tensor)]
+    sizes = [len(v) for v in batch.values() if isinstance(v, Tensor | list)]
     if number == 1 or not sizes:
         return [(batch, 1.0)]
     whole = sizes[0]
     edges = [round(whole * i / number) for i in range(number + 1)]
     return [
-        ({k: v[a:b] if isinstance(v, Tensor) else v for k, v in batch.items()}, (b - a) / whole)
+        (
+            {k: v[a:b] if isinstance(v, Tensor | list) else v for k, v in batch.items()},
+            (b - a) / whole,
+        )
         for a, b in pairwise(edges)
         if b > a
     ]
