@@ -24,6 +24,7 @@ KINDS = {
     "lanes": "limbeck.models.dense:LaneInput",
     "observations": "limbeck.models.policy:Observations",
 }
+KINDS = {"images": "limbeck.models.input:Input", "text": "limbeck.models.text:TextInput"}
 """Kinds of intake, as a stored network names them, and the class of each."""
 
 

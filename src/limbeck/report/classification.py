@@ -54,14 +54,15 @@ class Predictions:
 def sections(run: Run) -> list[Section]:
     """Calibration, confusions and examples, as far as the run recorded them."""
     result = run.result()
-    found = _read(run, [*ROLES, *roles(result)])
+    found = read_predictions(run, [*ROLES, *roles(result)])
     if found is None:
         return []
     called = names(result)
     return [*_calibration(found, result), *_confusion(found, called), *_examples(found, called)]
 
 
-def _read(run: Run, known: Sequence[str]) -> Predictions | None:
+def read_predictions(run: Run, known: Sequence[str]) -> Predictions | None:
+    """What a run recorded of these roles; ``None`` where it recorded nothing."""
     from safetensors import SafetensorError, safe_open
 
     path = run.path / "predictions.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.report import attributes, classification, control, detection, findings, segmentation
+from limbeck.report import attributes, classification, findings, text
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -42,6 +43,7 @@ SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
     "segmentation": segmentation.sections,
     "control": control.sections,
     "sequence": classification.sections,
+    "text": text.sections,
 }
 
 REPORT = "report.html"

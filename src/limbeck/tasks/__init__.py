@@ -18,6 +18,7 @@ DOMAINS = {
     "sequence": "limbeck.tasks.images:ImageSequence",
     "segmentation": "limbeck.tasks.scenes:ImageSegmentation",
     "lanes": "limbeck.tasks.scenes:ImageLanes",
+    "text": "limbeck.tasks.text:Text",
 }
 """Task -> where its domain lies."""
 

@@ -203,7 +203,7 @@ class KD(Method):
             is best on validation data (section 3).
     """
 
-    tasks = ("classification",)
+    tasks = ("classification", "text")
 
     def __init__(
         self,
