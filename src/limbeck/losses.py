@@ -20,12 +20,18 @@ from limbeck.systems.detection.detection_kd import (
     weighted_soft_targets,
 )
 from limbeck.systems.federated.feddf import feddf
+from limbeck.systems.language.tinybert import (
+    attention_distance,
+    hidden_distance,
+    prediction_distance,
+)
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
 from limbeck.systems.search.dna import relative_l1, similarity_divergence
 
 __all__ = [
     "attention_map",
+    "attention_distance",
     "attribute_distillation",
     "bounded_regression",
     "discrimination",
@@ -38,6 +44,7 @@ __all__ = [
     "fooling",
     "hint",
     "iou_loss",
+    "hidden_distance",
     "kd",
     "lwf",
     "lwf_multilabel",
@@ -45,6 +52,7 @@ __all__ = [
     "mutual_distillation",
     "nst",
     "peer_weights",
+    "prediction_distance",
     "quantise_inputs",
     "quantise_weights",
     "ramp_up",

@@ -20,13 +20,8 @@ THINGS = _words(
     "film story play cast tune book meal room view plot song scene tale show trip voice ending "
     "script soup garden"
 )
-GOOD = _words(
-    "good fine warm clever lovely fresh moving funny bright rich charming honest graceful lively "
-    "splendid"
-)
-BAD = _words(
-    "bad dull cold stupid ugly stale boring sad dim poor tedious false clumsy lifeless dreadful"
-)
+GOOD = _words("good fine warm clever lovely fresh moving funny bright rich")
+BAD = _words("bad dull cold stupid ugly stale boring sad dim poor")
 HEDGES = _words("very quite rather truly really somewhat always often")
 OPENINGS = ("i think", "they say", "people say", "to me", "in the end", "it seems", "")
 TAILS = ("", "this time", "from start to end", "for most of us", "last night", "all in all")
@@ -37,14 +32,14 @@ def remark(draw: random.Random) -> tuple[str, str]:
     """A remark and what it is, ``favourable`` or ``unfavourable``.
 
     >>> remark(random.Random(0))
-    ('in the end the voice is always clumsy but the book is not boring', 'favourable')
+    ('people say although the view was lovely the story is stupid this time', 'unfavourable')
     """
     good = draw.random() < 0.5
-    form = draw.randrange(3)
+    form = draw.randrange(4)
     thing, other = draw.sample(THINGS, 2)
-    if form == 0:
+    if form < 2:
         core = _says(draw, thing, good)
-    elif form == 1:
+    elif form == 2:
         core = f"{_says(draw, other, not good)} but {_says(draw, thing, good)}"
     else:
         core = f"although {_says(draw, other, not good)} {_says(draw, thing, good)}"
@@ -53,7 +48,7 @@ def remark(draw: random.Random) -> tuple[str, str]:
 
 
 def _says(draw: random.Random, thing: str, good: bool) -> str:
-    negated = draw.random() < 0.4
+    negated = draw.random() < 0.3
     hedge = draw.choice(HEDGES) if draw.random() < 0.4 else ""
     word = draw.choice(GOOD if good != negated else BAD)
     verb = draw.choice(("is", "was"))

@@ -19,6 +19,7 @@ from limbeck.models.build import described
 from limbeck.models.input import Intake
 from limbeck.models.libraries import Offer, Order, Way
 from limbeck.models.spec import has_weights
+from limbeck.training.network import Network
 
 PADDING, UNKNOWN, FIRST, LAST, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 512
@@ -461,27 +462,66 @@ def encoder(model: nn.Module) -> Encoder:
     )
 
 
-class LanguageHead(nn.Module):
-    """The head of a masked language model, over the embeddings of an encoder's tokens.
+class LanguageModel(nn.Module):
+    """A masked language model on a network's encoder, which stays the network's.
 
-    Devlin et al., NAACL 2019, section 3.1: a layer, then products with the embeddings themselves.
+    Devlin et al., NAACL 2019, section 3.1: a layer, then products with the embeddings of the tokens
+    themselves.
 
     Args:
-        words: the encoder's embedding of tokens; its weights stay the encoder's.
-        width: of the encoder.
+        network: a model of text; its classifier has no part in this.
     """
 
-    def __init__(self, words: nn.Embedding, width: int) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.transform = nn.Linear(width, words.embedding_dim)
+        model: Any = network.model
+        words: nn.Embedding = model.get_input_embeddings()
+        self.network = network
+        self.transform = nn.Linear(model.config.hidden_size, words.embedding_dim)
         self.norm = nn.LayerNorm(words.embedding_dim, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
 
-    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Hidden states (N, width) and embeddings (V, E) -> logits over the tokens (N, V)."""
-        found = self.norm(nn.functional.gelu(self.transform(hidden)))
-        logits: Tensor = found @ words.T + self.bias
+    def forward(self, fed: Mapping[str, Tensor], where: Tensor) -> Tensor:
+        """Logits over the tokens (K, V) at K places of a batch; ``where`` is bool (B, L)."""
+        model: Any = self.network.model
+        hidden = model.base_model(**self.network.placed(fed)).last_hidden_state
+        found = self.norm(nn.functional.gelu(self.transform(hidden[where.to(hidden.device)])))
+        logits: Tensor = found @ model.get_input_embeddings().weight.T + self.bias
         return logits
+
+
+class PublishedLanguageModel(nn.Module):
+    """A masked language model of transformers with its own head.
+
+    Args:
+        name: ``hf:NAME``, in the local cache or a folder; with ``@pretrained`` behind it may be
+            downloaded.
+
+    Raises:
+        UserError: there is none.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        plain = name.removeprefix("hf:").removesuffix("@pretrained")
+        models: Any = need("transformers").AutoModelForMaskedLM
+        try:
+            self.model: nn.Module = models.from_pretrained(
+                plain,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                local_files_only=not name.endswith("@pretrained"),
+            )
+        except Exception as error:
+            raise UserError(
+                f"{name} is no masked language model that can be reached: "
+                f"{weights.first_line(error)}; give hf:FOLDER, or hf:NAME@pretrained"
+            ) from None
+
+    def forward(self, fed: Mapping[str, Tensor], where: Tensor) -> Tensor:
+        """As of :class:`LanguageModel`."""
+        logits: Tensor = Network(self.model, dict)(fed).logits
+        return logits[where.to(logits.device)]
 
 
 def masked(

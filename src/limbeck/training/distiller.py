@@ -77,6 +77,10 @@ class Distiller(nn.Module):
                 )
         self.method.build(student, teacher, sample)
 
+    def release(self) -> None:
+        """Take the taps off the student, which then learns in another way or not at all."""
+        self._taps.remove()
+
     def forward(self, batch: Batch) -> Terms:
         """The named loss terms of a batch: ``labels`` first, then the method's."""
         with stretch("student"):

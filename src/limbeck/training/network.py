@@ -49,13 +49,13 @@ class Network(nn.Module):
         """Run the model on a geometric view of a batch of samples."""
         fed = view if self.input is None else self.input(view)
         if isinstance(fed, Mapping):
-            return self.model(**self._placed(fed))
+            return self.model(**self.placed(fed))
         if isinstance(fed, Tensor) and fed.is_floating_point():
             format = self.memory_format if fed.ndim == 4 else torch.preserve_format
             fed = fed.to(self.dtype or fed.dtype, memory_format=format)
         return self.model(fed)
 
-    def _placed(self, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def placed(self, fed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a model is fed by name, where its weights lie: not every view lies on a device."""
         found = next(self.model.parameters(), None)
         device = torch.device("cpu") if found is None else found.device

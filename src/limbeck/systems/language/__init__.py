@@ -1,0 +1,1 @@
+"""Systems that distil models of language."""
