@@ -41,6 +41,9 @@ SPLITS = {
 }
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 MOST_CLASSES = 1000
+WINDOW = 32
+"""So many batches are sorted by the length of their texts at a time."""
+
 _SENTIMENT = {"0": "negative", "1": "positive"}
 _EVERY = torch.empty(0, dtype=torch.int64)
 
@@ -105,7 +108,8 @@ class Texts:
 class TextBatches:
     """Batches of a split: ``text`` a list of B tuples of strings, ``row`` and ``label`` int64 (B,).
 
-    The order is a function of (seed, epoch).
+    The order is a function of (seed, epoch). Training batches are made of texts that are about as
+    long, as all are filled up to the longest, and come in any order.
 
     >>> split = Texts("train", (("good",), ("bad",)), None)
     >>> next(iter(TextBatches(split, 2).epoch(0)))
@@ -125,14 +129,10 @@ class TextBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step ``start`` on, this process's share of each."""
-        order = torch.arange(len(self.split))
         rank, world = 0, 1
-        if self.train:
-            generator = torch.Generator().manual_seed(derive(self.seed, epoch) >> 1)
-            order = torch.randperm(len(self.split), generator=generator)
-            if dist.is_available() and dist.is_initialized():
-                rank, world = dist.get_rank(), dist.get_world_size()
-        for chunk in order.split(self.batch_size)[start:]:
+        if self.train and dist.is_available() and dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
+        for chunk in self._chunks(epoch)[start:]:
             # A process left without a sample takes one with no weight, so that all step together.
             mine = chunk[rank::world] if len(chunk) > rank else chunk[:1]
             rows = self.split.rows[mine]
@@ -142,6 +142,22 @@ class TextBatches:
             if world > 1:
                 batch["share"] = len(mine) * world / len(chunk) if len(chunk) > rank else 0.0
             yield batch
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        texts = self.split.texts
+        return torch.tensor([sum(map(len, texts[row])) for row in self.split.rows.tolist()])
+
+    def _chunks(self, epoch: int) -> list[Tensor]:
+        """The positions of each batch of an epoch."""
+        if not self.train:
+            return list(torch.arange(len(self.split)).split(self.batch_size))
+        generator = torch.Generator().manual_seed(derive(self.seed, epoch) >> 1)
+        order = torch.randperm(len(self.split), generator=generator)
+        windows = order.split(WINDOW * self.batch_size)
+        alike = [window[self._lengths[window].argsort(stable=True)] for window in windows]
+        chunks = [chunk for window in alike for chunk in window.split(self.batch_size)]
+        return [chunks[n] for n in torch.randperm(len(chunks), generator=generator).tolist()]
 
 
 @dataclass(frozen=True)
