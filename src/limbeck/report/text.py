@@ -19,7 +19,7 @@ def sections(run: Run) -> list[Section]:
 
 
 def _words(run: Run) -> list[Section]:
-    """Texts that plain student and student part over, else those that any networks do."""
+    """Texts that plain student and student part over, then others that are hard."""
     result = run.result()
     found = classification.read_predictions(run, [*roles(result)])
     try:
@@ -49,7 +49,7 @@ def _words(run: Run) -> list[Section]:
         text = " ∥ ".join(example["texts"])
         rows.append([plain(text, WIDEST), plain(found.classes[true], 24), *cells])
     note = (
-        "Test texts over which the networks part, with what each said and how sure it was; ✗ marks "
-        "what is wrong. Two texts of a pair are parted by ∥."
+        "Test texts over which the networks part, or which all get wrong, with what each said and "
+        "how sure it was; ✗ marks what is wrong. Two texts of a pair are parted by ∥."
     )
     return [Section("texts", "What was said of which text", table=rows, note=note)]

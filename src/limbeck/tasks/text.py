@@ -81,10 +81,11 @@ class TextClassification(Classification):
         }
 
     def record(self, networks: Mapping[str, Network | Teacher], split: Any, folder: Path) -> None:
-        """Write what networks said of the test texts, and the words of some that they part over.
+        """Write what networks said of the test texts, and the words of some that are hard.
 
         ``predictions.safetensors``: labels, rows, each network's probabilities.
-        ``examples.json``: position and strings of at most 64 texts.
+        ``examples.json``: position and strings of at most 64 texts: over which networks part, then
+        such as all get wrong.
         """
         tensors: dict[str, Tensor] = {"rows": split.rows}
         answers = []
@@ -93,13 +94,15 @@ class TextClassification(Classification):
             answers.append(logits.argmax(1))
             tensors[f"probabilities.{name}"] = self.probabilities(logits).half()
         votes = torch.stack(answers)
-        differing = (votes != votes[0]).any(0).nonzero().flatten()[:MOST_EXAMPLES].tolist()
+        parted, wrong = (votes != votes[0]).any(0), (votes != tensors["labels"]).any(0)
+        order = (2 * parted.long() + wrong.long()).argsort(descending=True, stable=True)
+        chosen = order[wrong[order]][:MOST_EXAMPLES].tolist()
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             folder / "predictions.safetensors",
             metadata={"classes": "\n".join(self.classes)},
         )
-        shown = [{"position": p, "texts": split.read(p)} for p in differing]
+        shown = [{"position": p, "texts": split.read(p)} for p in chosen]
         write_atomically(folder / EXAMPLES, json.dumps(shown).encode())
 
 
