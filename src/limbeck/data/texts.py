@@ -198,7 +198,8 @@ def kind_of(source: str) -> str:
     Raises:
         UserError: it is neither one of the families nor a file or folder.
     """
-    return _parse(source)[0]
+    kind = source.partition(":")[0]
+    return kind if kind in KINDS else _parse(source)[0]
 
 
 def _parse(source: str) -> tuple[str, Path]:

@@ -18,7 +18,7 @@ from limbeck.models import weights
 from limbeck.models.build import described
 from limbeck.models.input import Intake
 from limbeck.models.libraries import Offer, Order, Way
-from limbeck.models.spec import has_weights
+from limbeck.models.spec import PRETRAINED, has_weights
 from limbeck.training.network import Network
 
 PADDING, UNKNOWN, FIRST, LAST, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -211,8 +211,9 @@ def read_tokenizer(source: str, length: int) -> TextInput:
     """The intake of a stored network, or one with a tokenizer from elsewhere.
 
     Args:
-        source: ``run:FOLDER`` or ``file:PATH`` (a network's own), ``hf:NAME`` in the local cache,
-            a folder or ``tokenizer.json`` of transformers, or BERT's ``vocab.txt``.
+        source: ``run:FOLDER`` or ``file:PATH`` (a network's own), ``hf:NAME`` in the local cache or
+            with ``@pretrained`` behind it, a folder or ``tokenizer.json`` of transformers, or
+            BERT's ``vocab.txt``.
         length: the most tokens.
 
     Raises:
@@ -225,12 +226,13 @@ def read_tokenizer(source: str, length: int) -> TextInput:
         if facts.get("kind") != TextInput.kind:
             raise UserError(f"{source} is a network that reads no texts; it has no tokenizer")
         return TextInput.from_json(facts | {"length": length})
-    path = Path(rest if kind == "hf" else source)
+    online = source.endswith(f"@{PRETRAINED}")
+    path = Path((rest if kind == "hf" else source).removesuffix(f"@{PRETRAINED}"))
     if path.suffix == ".txt":
         return TextInput(_vocabulary(path), length)
     if path.suffix == ".json":
         return TextInput(*_parted(_content(path), str(path), length))
-    return _library_tokenizer(str(path), length, online=False)
+    return _library_tokenizer(str(path), length, online)
 
 
 def _content(path: Path) -> str:
@@ -503,14 +505,14 @@ class PublishedLanguageModel(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        plain = name.removeprefix("hf:").removesuffix("@pretrained")
+        plain = name.removeprefix("hf:").removesuffix(f"@{PRETRAINED}")
         models: Any = need("transformers").AutoModelForMaskedLM
         try:
             self.model: nn.Module = models.from_pretrained(
                 plain,
                 dtype=torch.float32,
                 trust_remote_code=False,
-                local_files_only=not name.endswith("@pretrained"),
+                local_files_only=not name.endswith(f"@{PRETRAINED}"),
             )
         except Exception as error:
             raise UserError(
