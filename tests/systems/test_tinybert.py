@@ -489,6 +489,13 @@ def test_what_does_not_fit_is_found_before_training(laid, given, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_without_gaps_is_refused(full):
+    given = {"candidates": [Candidate(fresh(layers=2, input=full), QUICK)]}
+    laid = bench(make_student=lambda seed: fresh(input=full), **given)
+    with pytest.raises(UserError, match=r"need the token \[MASK\], which the tokenizer has not"):
+        method().rehearse(laid)
+
+
 def test_it_works_on_texts_alone_and_adds_up_with_no_other_method():
     from limbeck.tasks.classification import Classification
 
@@ -509,12 +516,17 @@ def test_a_published_language_model_fills_the_gaps(tmp_path):
         intermediate_size=8,
     )
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "mlm")
+    config.vocab_size += 1
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "other")
     settings = Augmentation(copies=1, language_model=f"hf:{tmp_path / 'mlm'}")
     laid = bench()
     own = method(pretraining=None, general=None, rivals=(), augmentation=settings)
     own.rehearse(laid)
     carry_out(tmp_path / "run", own, laid)
     assert own.made
+    other = Augmentation(copies=1, language_model=f"hf:{tmp_path / 'other'}")
+    with pytest.raises(UserError, match="needs a language model of the teacher's tokens"):
+        method(augmentation=other).rehearse(laid)
 
 
 def test_the_papers_setting_is_stated():

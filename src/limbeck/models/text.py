@@ -520,6 +520,12 @@ class PublishedLanguageModel(nn.Module):
                 f"{weights.first_line(error)}; give hf:FOLDER, or hf:NAME@pretrained"
             ) from None
 
+    @property
+    def tokens(self) -> int:
+        """How many it knows."""
+        config: Any = self.model.config
+        return int(config.vocab_size)
+
     def forward(self, fed: Mapping[str, Tensor], where: Tensor) -> Tensor:
         """As of :class:`LanguageModel`."""
         logits: Tensor = Network(self.model, dict)(fed).logits

@@ -550,19 +550,28 @@ class TinyBERT(Method):
         Distiller(student, frozen, layers, bench.task, sample).to(bench.device)(sample)
         if self.text is not None:
             passages(Path(self.text))
+        tokens = _input(teacher).tokens
+        if (self.pretraining or self.augmentation) is not None and MASK not in tokens:
+            raise UserError(
+                f"pretraining and augmentation need the token {MASK}, which the tokenizer has not"
+            )
         if self.augmentation is not None:
             self._neighbours()
-            if self.augmentation.language_model is not None:
-                PublishedLanguageModel(self.augmentation.language_model)
-            elif self.pretraining is None:
+            self._check_language(self.augmentation.language_model, max(tokens.values()) + 1)
+
+    def _check_language(self, name: str | None, tokens: int) -> None:
+        """See to it that there is a language model of the teacher's tokens for the augmentation."""
+        if name is None and self.pretraining is None:
+            raise UserError(
+                "augmentation asks a masked language model for words: name one with "
+                "augmentation.language_model, or say with pretraining how the teacher becomes one"
+            )
+        if name is not None:
+            known = PublishedLanguageModel(name).tokens
+            if known != tokens:
                 raise UserError(
-                    "augmentation asks a masked language model for words: name one with "
-                    "augmentation.language_model, or say with pretraining how the teacher becomes "
-                    "one"
-                )
-            if MASK not in _input(teacher).tokens:
-                raise UserError(
-                    f"augmentation needs the token {MASK}, which the tokenizer does not have"
+                    f"{name} knows {known:,} tokens and the teacher {tokens:,}; augmentation needs "
+                    "a language model of the teacher's tokens"
                 )
 
     def _layers(self, student: Network, teacher: Network) -> Layers:
