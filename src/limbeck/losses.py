@@ -30,8 +30,8 @@ from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
 from limbeck.systems.search.dna import relative_l1, similarity_divergence
 
 __all__ = [
-    "attention_map",
     "attention_distance",
+    "attention_map",
     "attribute_distillation",
     "bounded_regression",
     "discrimination",
@@ -42,9 +42,9 @@ __all__ = [
     "feature_distance",
     "feddf",
     "fooling",
+    "hidden_distance",
     "hint",
     "iou_loss",
-    "hidden_distance",
     "kd",
     "lwf",
     "lwf_multilabel",

@@ -23,8 +23,8 @@ KINDS = {
     "scenes": "limbeck.models.dense:SceneInput",
     "lanes": "limbeck.models.dense:LaneInput",
     "observations": "limbeck.models.policy:Observations",
+    "text": "limbeck.models.text:TextInput",
 }
-KINDS = {"images": "limbeck.models.input:Input", "text": "limbeck.models.text:TextInput"}
 """Kinds of intake, as a stored network names them, and the class of each."""
 
 

@@ -9,8 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.report import attributes, classification, control, detection, findings, segmentation
-from limbeck.report import attributes, classification, findings, text
+from limbeck.report import (
+    attributes,
+    classification,
+    control,
+    detection,
+    findings,
+    segmentation,
+    text,
+)
 from limbeck.report.figures import (
     COLOURS,
     INK,
