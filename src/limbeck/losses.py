@@ -25,6 +25,7 @@ from limbeck.systems.language.tinybert import (
     hidden_distance,
     prediction_distance,
 )
+from limbeck.systems.language.seq_kd import word_kd
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
 from limbeck.systems.search.dna import relative_l1, similarity_divergence
@@ -63,4 +64,5 @@ __all__ = [
     "soft_targets",
     "soften",
     "weighted_soft_targets",
+    "word_kd",
 ]

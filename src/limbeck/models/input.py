@@ -25,6 +25,7 @@ KINDS = {
     "observations": "limbeck.models.policy:Observations",
     "text": "limbeck.models.text:TextInput",
 }
+KINDS = {"images": "limbeck.models.input:Input", "sentences": "limbeck.models.sentences:Sentences"}
 """Kinds of intake, as a stored network names them, and the class of each."""
 
 

@@ -50,7 +50,9 @@ def profile(network: Network, sample: Any, latency: bool = True) -> Profile:
     device = parameters[0].device if parameters else torch.device("cpu")
     if isinstance(sample, tuple) and all(isinstance(side, int) for side in sample):
         sample = torch.zeros(1, *sample)
-    if hasattr(sample, "to"):
+    if isinstance(sample, tuple):
+        sample = tuple(part.to(device) for part in sample)
+    elif hasattr(sample, "to"):
         sample = sample.to(device)
     # Each module has a mode of its own: a frozen part may be in eval mode within a training one.
     modes = [(module, module.training) for module in network.modules()]

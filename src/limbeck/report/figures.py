@@ -103,7 +103,10 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, under a heading; ``table`` has rows of cells, the headings first."""
+    """A part of the page, under a heading; ``table`` has rows of cells, the headings first.
+
+    ``prose`` says that the cells are sentences.
+    """
 
     anchor: str
     title: str
@@ -111,6 +114,7 @@ class Section:
     galleries: list[Gallery] = field(default_factory=list)
     table: Sequence[Sequence[str]] = ()
     note: str = ""
+    prose: bool = False
 
 
 def panel(

@@ -18,6 +18,7 @@ from limbeck.report import (
     segmentation,
     text,
 )
+from limbeck.report import attributes, classification, findings, translation
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -51,6 +52,7 @@ SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
     "control": control.sections,
     "sequence": classification.sections,
     "text": text.sections,
+    "translation": translation.sections,
 }
 
 REPORT = "report.html"

@@ -19,6 +19,7 @@ DOMAINS = {
     "segmentation": "limbeck.tasks.scenes:ImageSegmentation",
     "lanes": "limbeck.tasks.scenes:ImageLanes",
     "text": "limbeck.tasks.text:Text",
+    "translation": "limbeck.tasks.translation:ParallelText",
 }
 """Task -> where its domain lies."""
 
