@@ -109,7 +109,7 @@ def load(source: str, languages: tuple[str, str] | None = None, validation: floa
         UserError: the source does not exist or is malformed; the sentence names the place.
 
     >>> load("numbers").describe()
-    'numbers: 3,240 train, 360 validation, 400 test sentences, English to German'
+    'numbers: 2,669 train, 296 validation, 329 test sentences, English to German'
     """
     kind, path = _parse(source)
     try:
@@ -143,22 +143,20 @@ def kind_of(source: str) -> str:
 
 
 def numbers() -> tuple[list[str], list[str]]:
-    """Numbers below a million in English words, and in German ones written apart.
+    """Numbers from 100 to 9,999 in English words, and in German ones written apart.
 
     There is no real text in it: it is made by rules, which put ones before tens and leave a choice
-    where people have one (an "und" behind the hundreds, "ein" before a hundred or thousand, eleven
+    where people have one (an "und" behind the hundreds, "ein" before hundred and thousand, eleven
     to nineteen hundreds), decided by a hash of the number. So a sentence has several translations
     and the data shows one, which is what sequence-level distillation is about.
 
     >>> english, german = numbers()
-    >>> english[0], german[0]
-    ('', '')
+    >>> english[3], german[3]
+    ('seven thousand one hundred eighty three', 'sieben tausend hundert und drei und achtzig')
     """
     order = torch.arange(_NUMBERS)
-    chance = uniforms(order, 6, seed=_SPEECH, view=0)
-    # As many of three, four, five and six digits.
-    digits = 3 + order % 4
-    values = (10.0 ** (digits - 1) * (1 + 9 * chance[:, 0])).long().tolist()
+    chance = uniforms(order, 5, seed=_SPEECH, view=0)
+    values = (100 + 9900 * chance[:, 0]).long().tolist()
     unique = dict(zip(values, (chance[:, 1:] < 0.5).tolist(), strict=True))
     return [english(n) for n in unique], [german(n, choices) for n, choices in unique.items()]
 
@@ -175,66 +173,55 @@ _ONES, _EINS = _ENGLISH.split(), _GERMAN.split()
 
 
 def english(number: int) -> str:
-    """A number from 1 to 999,999 in English words.
+    """A number from 1 to 9,999 in English words.
 
-    >>> english(42_117)
-    'forty-two thousand one hundred seventeen'
+    >>> english(4217)
+    'four thousand two hundred seventeen'
     """
-    parts = []
+    words = []
     if number >= 1000:
-        parts += [english(number // 1000), "thousand"]
+        words += [_ONES[number // 1000], "thousand"]
     if number % 1000 >= 100:
-        parts += [_ONES[number % 1000 // 100], "hundred"]
+        words += [_ONES[number % 1000 // 100], "hundred"]
     rest = number % 100
     if rest >= 20:
-        parts.append(_ONES[rest // 10 + 18] + (f"-{_ONES[rest % 10]}" if rest % 10 else ""))
-    elif rest:
-        parts.append(_ONES[rest])
-    return " ".join(parts)
+        words.append(_ONES[rest // 10 + 18])
+        rest %= 10
+    if rest:
+        words.append(_ONES[rest])
+    return " ".join(words)
 
 
-def german(number: int, choices: Sequence[bool] = (False,) * 5) -> str:
-    """A number from 1 to 999,999 in German words written apart; ``choices`` as in :func:`numbers`.
+def german(number: int, choices: Sequence[bool] = (False,) * 4) -> str:
+    """A number from 1 to 9,999 in German words; ``choices`` in the order of :func:`numbers`.
 
-    >>> german(42_117), german(1217, (True, True, True, True, True))
-    ('zwei und vierzig tausend hundert siebzehn', 'zwölf hundert und siebzehn')
+    >>> german(4243), german(1217, (True, False, False, True))
+    ('vier tausend zwei hundert drei und vierzig', 'zwölf hundert und siebzehn')
     """
-    joined, one_hundred, one_thousand, by_hundreds, joined_thousands = choices
+    joined, one_hundred, one_thousand, by_hundreds = choices
     if by_hundreds and 1100 <= number < 2000:
         words = [_EINS[number // 100], "hundert"]
     else:
-        words = []
-        thousands = number // 1000
-        if thousands > 1 or (thousands and one_thousand):
-            words += _below_thousand(thousands, joined_thousands, one_hundred)
-        if thousands:
-            words.append("tausend")
-        words += _hundreds(number % 1000 // 100, one_hundred)
-    rest = _below_hundred(number % 100)
-    if rest and words and words[-1] == "hundert" and joined:
+        words = _counted(number // 1000, "tausend", one_thousand)
+        words += _counted(number % 1000 // 100, "hundert", one_hundred)
+    tens, ones = divmod(number % 100, 10)
+    if joined and number % 100 and words and words[-1] == "hundert":
         words.append("und")
-    words += rest
+    if tens < 2:
+        words += [_EINS[number % 100]] if number % 100 else []
+    else:
+        words += [_EINS[ones], "und"] if ones else []
+        words.append(_EINS[tens + 18])
     if words[-1] == "ein":
         words[-1] = "eins"
     return " ".join(words)
 
 
-def _below_thousand(number: int, joined: bool, one: bool) -> list[str]:
-    words, rest = _hundreds(number // 100, one), _below_hundred(number % 100)
-    return [*words, *(["und"] if joined and words and rest else []), *rest]
-
-
-def _hundreds(number: int, one: bool) -> list[str]:
-    if not number:
-        return []
-    return ["hundert"] if number == 1 and not one else [_EINS[number], "hundert"]
-
-
-def _below_hundred(number: int) -> list[str]:
-    if number < 20:
-        return [_EINS[number]] if number else []
-    tens = _EINS[number // 10 + 18]
-    return [_EINS[number % 10], "und", tens] if number % 10 else [tens]
+def _counted(number: int, unit: str, one: bool) -> list[str]:
+    """So many of a unit; a single one is counted or not."""
+    if number == 1 and not one:
+        return [unit]
+    return [_EINS[number], unit] if number else []
 
 
 # Readers: languages, and sentences with translations by split.

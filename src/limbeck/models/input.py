@@ -23,9 +23,9 @@ KINDS = {
     "scenes": "limbeck.models.dense:SceneInput",
     "lanes": "limbeck.models.dense:LaneInput",
     "observations": "limbeck.models.policy:Observations",
+    "sentences": "limbeck.models.sentences:Sentences",
     "text": "limbeck.models.text:TextInput",
 }
-KINDS = {"images": "limbeck.models.input:Input", "sentences": "limbeck.models.sentences:Sentences"}
 """Kinds of intake, as a stored network names them, and the class of each."""
 
 
