@@ -356,11 +356,12 @@ def _jsonl(path: Path, languages: _Languages) -> tuple[tuple[str, str], _Pools]:
                 )
             languages = (keys[0], keys[1])
         for cells, language in zip(pairs, languages, strict=True):
-            if not isinstance(found.get(language), str):
+            if language not in found:
                 raise UserError(
-                    f"line {number} of {path} has no text {language!r}; "
-                    f"{did_you_mean(language, map(str, found))}"
+                    f"line {number} of {path} has no {language!r}; {did_you_mean(language, found)}"
                 )
+            if not isinstance(found[language], str):
+                raise UserError(f"line {number} of {path} has {language!r} that is no text")
             cells.append(_clean(found[language]))
     if languages is None:
         raise UserError(f"{path} is empty")
