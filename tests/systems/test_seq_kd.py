@@ -227,8 +227,8 @@ def test_each_phase_learns_from_the_sentences_that_are_its_own(tmp_path):
         "teacher",
         "plain student",
         "Seq-KD + Seq-Inter + Word-KD",
-        "Seq-KD",
         "Word-KD",
+        "Seq-KD",
         "pruned student",
     ]
 
