@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -57,7 +58,7 @@ class PairBatches:
 
     Args:
         pairs: the sentences.
-        text: turns them into tokens, which is done at once.
+        text: turns them into tokens; for training all at once, as they are sorted by length.
         batch_size: sentences a step, over all processes.
         seed: decides the order.
         train: shuffle; otherwise the pairs come in their order.
@@ -66,10 +67,8 @@ class PairBatches:
     def __init__(
         self, pairs: Pairs, text: Sentences, batch_size: int, *, seed: int = 0, train: bool = False
     ) -> None:
-        self.pairs, self.batch_size = pairs, batch_size
+        self.pairs, self.text, self.batch_size = pairs, text, batch_size
         self.seed, self.train = seed, train
-        self._source = text.encode("source", pairs.source)
-        self._target = text.encode("target", pairs.target)
 
     def __len__(self) -> int:
         return -(-len(self.pairs) // self.batch_size)
@@ -82,7 +81,7 @@ class PairBatches:
         shuffled = torch.randperm(len(self.pairs), generator=generator).tolist()
         batches: list[list[int]] = []
         for pool in _chunks(shuffled, POOL * self.batch_size):
-            pool.sort(key=lambda n: (len(self._target[n]), len(self._source[n])))
+            pool.sort(key=lambda n: self._lengths[n])
             batches += _chunks(pool, self.batch_size)
         return [batches[n] for n in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -94,19 +93,36 @@ class PairBatches:
         for places in self.order(epoch)[start:]:
             # A process left without a sample takes one with no weight, so that all step together.
             mine = places[rank::world] or places[:1]
-            before, label = targets([self._target[n] for n in mine])
+            before, label = targets(self._tokens("target", mine))
             batch: Batch = {
-                "source": sources([self._source[n] for n in mine]),
+                "source": sources(self._tokens("source", mine)),
                 "before": before,
                 "label": label,
                 "row": self.pairs.rows[mine],
             }
             if world > 1:
                 # The loss is a mean over tokens, so they are what is shared; END is one.
-                tokens = [len(self._target[n]) + 1 for n in places]
-                own = sum(tokens[rank::world])
-                batch["share"] = own * world / sum(tokens)
+                tokens = [self._lengths[n][0] + 1 for n in places]
+                batch["share"] = sum(tokens[rank::world]) * world / sum(tokens)
             yield batch
+
+    @cached_property
+    def _every(self) -> dict[str, list[list[int]]]:
+        return {
+            "source": self.text.encode("source", self.pairs.source),
+            "target": self.text.encode("target", self.pairs.target),
+        }
+
+    @cached_property
+    def _lengths(self) -> list[tuple[int, int]]:
+        """Tokens of target and source of each pair."""
+        sides = self._every["target"], self._every["source"]
+        return [(len(t), len(s)) for t, s in zip(*sides, strict=True)]
+
+    def _tokens(self, side: Literal["source", "target"], places: Sequence[int]) -> list[list[int]]:
+        if self.train:
+            return [self._every[side][n] for n in places]
+        return self.text.encode(side, [getattr(self.pairs, side)[n] for n in places])
 
 
 class Translation(Task):
