@@ -20,12 +20,12 @@ from limbeck.systems.detection.detection_kd import (
     weighted_soft_targets,
 )
 from limbeck.systems.federated.feddf import feddf
+from limbeck.systems.language.seq_kd import word_kd
 from limbeck.systems.language.tinybert import (
     attention_distance,
     hidden_distance,
     prediction_distance,
 )
-from limbeck.systems.language.seq_kd import word_kd
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
 from limbeck.systems.search.dna import relative_l1, similarity_divergence

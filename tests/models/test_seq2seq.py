@@ -7,10 +7,12 @@ import torch
 from limbeck.errors import UserError
 from limbeck.models import build, load, save
 from limbeck.models.beam import beam_search
-from limbeck.models.seq2seq import AttentionLSTM, Seq2Seq, Transformer
 from limbeck.models.sentences import BEGIN, END, PAD, Sentences, sources, targets
+from limbeck.models.seq2seq import AttentionLSTM, Seq2Seq, Transformer
 
-TEXT = Sentences.trained(["a man rides", "two men"], ["ein Mann fährt", "zwei Männer"], 300, longest=9)
+TEXT = Sentences.trained(
+    ["a man rides", "two men"], ["ein Mann fährt", "zwei Männer"], 300, longest=9
+)
 
 
 def seeded(make, seed=0):

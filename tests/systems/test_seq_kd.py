@@ -226,9 +226,9 @@ def test_each_phase_learns_from_the_sentences_that_are_its_own(tmp_path):
     assert [row[0] for row in finding.table[1:]] == [
         "teacher",
         "plain student",
-        "Seq-KD + Seq-Inter + Word-KD",
+        "Seq-KD + Word-KD + Seq-Inter",
         "Word-KD",
-        "Seq-KD",
+        "Seq-KD + Word-KD",
         "pruned student",
     ]
 

@@ -22,7 +22,6 @@ def test_a_system_runs_on_the_embedded_data(slug, tmp_path, command):
         result["metric"]["name"], (0.15, 1)
     )
     assert low < result["student"] <= high
-    assert math.isfinite(result["student"])
     assert result["baseline"] is not None
     assert (run / "student.safetensors").is_file()
     assert (run / "report.html").stat().st_size > 20_000

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.models.seq2seq import Seq2Seq
 from limbeck.models.sentences import BEGIN, END, PAD
+from limbeck.models.seq2seq import Seq2Seq
 
 
 @dataclass(frozen=True)

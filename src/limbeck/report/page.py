@@ -17,8 +17,8 @@ from limbeck.report import (
     findings,
     segmentation,
     text,
+    translation,
 )
-from limbeck.report import attributes, classification, findings, translation
 from limbeck.report.figures import (
     COLOURS,
     INK,

@@ -21,9 +21,9 @@ from limbeck.errors import UserError
 from limbeck.extras import need
 from limbeck.models import build
 from limbeck.models.beam import beam_search
+from limbeck.models.sentences import LEAST, PAD, Sentences, sources, targets
 from limbeck.models.seq2seq import Seq2Seq
 from limbeck.models.spec import STORED, Spec
-from limbeck.models.sentences import LEAST, PAD, Sentences, sources, targets
 from limbeck.training.checkpoint import write_atomically
 from limbeck.training.domain import Domain, Words
 from limbeck.training.network import Network
@@ -220,7 +220,8 @@ class Translation(Task):
         if not isinstance(text, Sentences) or not isinstance(model, Seq2Seq):
             raise UserError(
                 f"{network.name or type(model).__name__} cannot translate: a model with encode and "
-                "step (limbeck.models.seq2seq.Seq2Seq) and a limbeck.models.sentences.Sentences is needed"
+                "step (limbeck.models.seq2seq.Seq2Seq) is needed, fed a "
+                "limbeck.models.sentences.Sentences"
             )
         was_training = network.training
         network.eval()

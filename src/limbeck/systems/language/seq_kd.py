@@ -235,18 +235,18 @@ class SeqKD(Method):
         rival: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
         super().__init__()
-        self.sequence, self.word, self.beam = sequence, word, beam
-        self.inter, self.inter_rate, self.best, self.similarity = (
-            inter,
-            inter_rate,
-            best,
-            similarity,
-        )
+        self.sequence, self.word, self.rival = sequence, word, rival
+        self.beam, self.best, self.similarity = beam, best, similarity
+        self.inter, self.inter_rate = inter, inter_rate
         self.prune, self.scope, self.retrain = prune, scope, retrain
-        self.rival = rival
         self.label_weight = 1 - word
-        parts = ["Seq-KD"] * sequence + ["Seq-Inter"] * bool(inter) + ["Word-KD"] * bool(word)
-        self.roles = {**type(self).roles, "student": " + ".join(parts) or "student"}
+        before = ["Seq-KD"] * sequence + ["Word-KD"] * bool(word)
+        after = before + ["Seq-Inter"] * bool(inter)
+        self.roles = {
+            **type(self).roles,
+            "student": " + ".join(after) or "student",
+            "seq-kd": " + ".join(before) or "before Seq-Inter",
+        }
 
     def terms(self, student: Answer, teacher: Answer, batch: Batch) -> Terms:
         """The word-level term; beside it stand the labels with 1 - alpha."""
