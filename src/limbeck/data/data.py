@@ -108,6 +108,10 @@ class Split:
             rows=self.rows[chosen],
         )
 
+    def unlabelled(self) -> Split:
+        """The same samples without labels."""
+        return replace(self, labels=None)
+
     @cached_property
     def colours(self) -> tuple[Tensor, Tensor]:
         """The principal components of the pixels' colours, as :func:`pca_colours` gives them.

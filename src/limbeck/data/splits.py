@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from limbeck.data.augment import uniforms
-from limbeck.data.data import Split
 from limbeck.errors import UserError
 
 _TEST, _VALIDATION, _SUBSET, _SAMPLE = 11, 12, 13, 14
 
 
 class Samples(Protocol):
-    """What a split has, of images or of anything else: labels, and an identity each."""
+    """A split of any kind: samples with an identity each, ``rows``, and a label if there are."""
 
     @property
     def labels(self) -> Tensor | None: ...
@@ -27,6 +26,8 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Self: ...
+
+    def unlabelled(self) -> Self: ...
 
 
 S = TypeVar("S", bound=Samples)
@@ -79,13 +80,13 @@ def _lowest(split: Samples, fraction: float, purpose: int, spared: int = 0) -> T
 
 
 def transfer(
-    split: Split,
+    split: S,
     *,
     exclude: Sequence[int] = (),
     only: Sequence[int] = (),
     fraction: float = 1.0,
     labels: bool = True,
-) -> Split:
+) -> S:
     """The part of a training split that a student may see.
 
     Args:
@@ -97,7 +98,7 @@ def transfer(
     Raises:
         UserError: a class that does not occur, a fraction out of range, or nothing left.
 
-    >>> from limbeck.data import ResidentImages
+    >>> from limbeck.data import ResidentImages, Split
     >>> pixels = ResidentImages(torch.zeros(4, 1, 2, 2, dtype=torch.uint8))
     >>> len(transfer(Split("train", pixels, torch.tensor([0, 0, 1, 2])), exclude=[0]))
     2
@@ -124,4 +125,4 @@ def transfer(
         part = part.subset(_lowest(part, fraction, _SUBSET))
     if not len(part):
         raise UserError("the transfer set is empty: every class was left out")
-    return part if labels else Split(part.name, part.images, None, part.rows)
+    return part if labels else part.unlabelled()

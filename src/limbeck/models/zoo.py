@@ -65,9 +65,9 @@ def make(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Mo
         >>> make("resnet8", 10, 3, (32, 32)).stages
         ('stage1', 'stage2', 'stage3')
     """
-    owner = systems().get(name.partition("-")[0])
-    if owner is not None and owner.networks:
-        return owner.network(name, classes, channels, size)
+    for owner in systems().values():
+        if owner.networks and f"{name}-".startswith(f"{owner.slug}-"):
+            return owner.network(name, classes, channels, size)
     least, maker = _maker(name, classes, channels, size)
     if min(size) < least:
         raise UserError(

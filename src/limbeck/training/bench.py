@@ -17,8 +17,8 @@ from limbeck.training.cache import Cache
 from limbeck.training.distiller import Distiller
 from limbeck.training.engine import PRECISIONS, Engine
 from limbeck.training.method import Method, Phases
-from limbeck.training.network import Network
-from limbeck.training.phases import Fit, Phase, Training, Update
+from limbeck.training.network import Network, Solved
+from limbeck.training.phases import Fit, Phase, Solve, Training, Update
 from limbeck.training.profiling import stretch
 from limbeck.training.progress import Voice
 from limbeck.training.task import Batch, Batches, Task, Terms, moved
@@ -215,6 +215,11 @@ class Bench:
             ]
             teacher = self.frozen([self.laid_out(n) for n in networks], None)
             rehearsed = Distiller(student, teacher, copy.deepcopy(method), self.task, sample)
+            if isinstance(student.model, Solved):
+                raise UserError(
+                    f"{student.name} learns by no gradient, which {type(method).__name__} needs; "
+                    "name a network as the student"
+                )
             rehearsed.to(self.device)(sample)
             if self.cache is not None:
                 self._rehearse_cache(self.cache, teacher, sample)
@@ -259,7 +264,7 @@ class Bench:
             network = self.laid_out(candidate.network)
             if candidate.training is not None:
                 name = "teacher" if len(self.candidates) == 1 else f"teacher-{number + 1}"
-                fit = self.fit(
+                phase = self.supervised(
                     name,
                     network,
                     candidate.training,
@@ -267,7 +272,12 @@ class Bench:
                     split=self.train,
                     task=candidate.task,
                 )
-                route = (yield replace(fit, keep=keep)) or {}
+                if isinstance(phase, Fit):
+                    route = (yield replace(phase, keep=keep)) or {}
+                elif keep:
+                    raise UserError(f"{network.name} is fitted at one go and leaves no route")
+                else:
+                    yield phase
         networks = [c.network for c in self.candidates]
         self.teacher = self.frozen(networks, self.cache)
         if len(self.validation):
@@ -297,7 +307,7 @@ class Bench:
         training: Training,
         seed: int,
         task: Task | None = None,
-    ) -> Fit:
+    ) -> Phase:
         """Supervised training of one network on the students' samples.
 
         Where these have no labels it learns from the teacher's, in as many steps.
@@ -312,12 +322,33 @@ class Bench:
                 f"{training.epochs:,} epochs"
             )
         name = self.label(role, seed)
-        return self.fit(name, network, training, seed=seed, split=split, task=task)
+        return self.supervised(name, network, training, seed=seed, split=split, task=task)
 
     @property
     def _labelled(self) -> Any:
         """The transfer set, or the teacher's training split where that alone has labels."""
         return self.transfer if self.task.labelled(self.sample()) else self.train
+
+    def supervised(
+        self,
+        name: str,
+        network: Network,
+        settings: Training,
+        *,
+        seed: int,
+        split: Any,
+        task: Task | None = None,
+    ) -> Phase:
+        """Training on labels, by gradients or, of a :class:`Solved` model, at one go."""
+        if not isinstance(network.model, Solved):
+            return self.fit(name, network, settings, seed=seed, split=split, task=task)
+        fitted = task or self.task
+        return Solve(
+            name=name,
+            seed=seed,
+            run=lambda _: fitted.solve(network, split, seed),
+            writes={"student": network},
+        )
 
     def fit(
         self,

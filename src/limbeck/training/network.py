@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+
+class Solved(nn.Module, ABC):
+    """A model that is fitted at one go, without gradients: a forest, say.
+
+    Its tensors have the same shapes before and after, so that it is stored and loaded like any
+    other.
+    """
+
+    @abstractmethod
+    def solve(self, inputs: Tensor, targets: Tensor, seed: int) -> None:
+        """Fit the model to inputs as the network's ``input`` makes them.
+
+        Args:
+            inputs: the first dimension is the samples.
+            targets: int64 labels, or what the model is to put out, as floating point numbers.
+            seed: of whatever is drawn.
+        """
 
 
 class Network(nn.Module):

@@ -116,6 +116,12 @@ class Task(ABC):
     def loss(self, answer: Answer, batch: Batch) -> Tensor:
         """The supervised loss, a scalar; raises :class:`UserError` where labels are missing."""
 
+    def solve(self, network: Network, split: Any, seed: int) -> None:
+        """Fit a network to a split's labels whose model is a :class:`Solved`."""
+        raise UserError(
+            f"{network.name} learns by no gradient, and the task {self.name} knows no other way"
+        )
+
     def answer(self, network: Network | Teacher, batch: Batch) -> Answer:
         """The answer of a network, or of a teacher that may be an ensemble."""
         return self.run(network, batch) if isinstance(network, Network) else network(self, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, Literal, Self
 
 import torch
@@ -195,7 +196,8 @@ class Teacher(nn.Module):
         return torch.autocast(self._device(number).type, enabled=False)
 
     def _device(self, number: int) -> torch.device:
-        found = next(self._hidden[number].parameters(), None)
+        network = self._hidden[number]
+        found = next(chain(network.parameters(), network.buffers()), None)
         return torch.device("cpu") if found is None else found.device
 
     def _identity(self, number: int, task: Task) -> dict[str, Any]:
