@@ -25,6 +25,7 @@ KINDS = {
     "observations": "limbeck.models.policy:Observations",
     "sentences": "limbeck.models.sentences:Sentences",
     "text": "limbeck.models.text:TextInput",
+    "tables": "limbeck.models.table:TableInput",
 }
 """Kinds of intake, as a stored network names them, and the class of each."""
 
@@ -127,9 +128,7 @@ class Input(Intake):
         return OFFERS
 
     def check(self, output: Any, classes: int) -> None:
-        if not isinstance(output, Tensor) or output.shape != (1, classes):
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"it puts out {got} instead of {(1, classes)}")
+        check_logits(output, classes)
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Self:
@@ -139,6 +138,13 @@ class Input(Intake):
             mean=tuple(float(x) for x in facts["mean"]),
             std=tuple(float(x) for x in facts["std"]),
         )
+
+
+def check_logits(output: Any, classes: int) -> None:
+    """Raise where this is no output a class for one sample."""
+    if not isinstance(output, Tensor) or output.shape != (1, classes):
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"it puts out {got} instead of {(1, classes)}")
 
 
 def _per_channel(numbers: Sequence[float], like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from limbeck.report import (
     text,
     translation,
 )
+from limbeck.report import attributes, classification, findings, tabular
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -53,6 +54,7 @@ SECTIONS: dict[str, Callable[[Run], list[Section]]] = {
     "sequence": classification.sections,
     "text": text.sections,
     "translation": translation.sections,
+    "tabular": tabular.sections,
 }
 
 REPORT = "report.html"

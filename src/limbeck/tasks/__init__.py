@@ -20,6 +20,7 @@ DOMAINS = {
     "lanes": "limbeck.tasks.scenes:ImageLanes",
     "text": "limbeck.tasks.text:Text",
     "translation": "limbeck.tasks.translation:ParallelText",
+    "tabular": "limbeck.tasks.tabular:TableClassification",
 }
 """Task -> where its domain lies."""
 

@@ -203,7 +203,7 @@ class KD(Method):
             is best on validation data (section 3).
     """
 
-    tasks = ("classification", "text")
+    tasks = ("classification", "tabular", "text")
 
     def __init__(
         self,
