@@ -25,6 +25,12 @@ from limbeck.systems.language.tinybert import (
     attention_distance,
     hidden_distance,
     prediction_distance,
+from limbeck.systems.generative.gan_mc.losses import (
+    compression,
+    compression_score,
+    generator_terms,
+    judge_terms,
+    munge,
 )
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
@@ -35,6 +41,8 @@ __all__ = [
     "attention_map",
     "attribute_distillation",
     "bounded_regression",
+    "compression",
+    "compression_score",
     "discrimination",
     "dual_policy",
     "embedding_distillation",
@@ -46,10 +54,13 @@ __all__ = [
     "hidden_distance",
     "hint",
     "iou_loss",
+    "generator_terms",
+    "judge_terms",
     "kd",
     "lwf",
     "lwf_multilabel",
     "match_logits",
+    "munge",
     "mutual_distillation",
     "nst",
     "peer_weights",

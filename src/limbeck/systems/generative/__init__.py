@@ -1,0 +1,1 @@
+"""Systems that make the data that they learn from."""
