@@ -20,17 +20,18 @@ from limbeck.systems.detection.detection_kd import (
     weighted_soft_targets,
 )
 from limbeck.systems.federated.feddf import feddf
-from limbeck.systems.language.seq_kd import word_kd
-from limbeck.systems.language.tinybert import (
-    attention_distance,
-    hidden_distance,
-    prediction_distance,
 from limbeck.systems.generative.gan_mc.losses import (
     compression,
     compression_score,
     generator_terms,
     judge_terms,
     munge,
+)
+from limbeck.systems.language.seq_kd import word_kd
+from limbeck.systems.language.tinybert import (
+    attention_distance,
+    hidden_distance,
+    prediction_distance,
 )
 from limbeck.systems.networks.mobilenet import attribute_distillation, embedding_distillation
 from limbeck.systems.reinforcement.dual_policy import dual_policy, peer_weights
@@ -51,10 +52,10 @@ __all__ = [
     "feature_distance",
     "feddf",
     "fooling",
+    "generator_terms",
     "hidden_distance",
     "hint",
     "iou_loss",
-    "generator_terms",
     "judge_terms",
     "kd",
     "lwf",

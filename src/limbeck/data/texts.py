@@ -93,6 +93,10 @@ class Texts:
             rows=self.rows[chosen],
         )
 
+    def unlabelled(self) -> Texts:
+        """The same samples without labels."""
+        return replace(self, labels=None)
+
     def fingerprint(self) -> str:
         """A hash of texts, labels and choice of samples."""
         return self._fingerprint

@@ -16,10 +16,10 @@ from limbeck.report import (
     detection,
     findings,
     segmentation,
+    tabular,
     text,
     translation,
 )
-from limbeck.report import attributes, classification, findings, tabular
 from limbeck.report.figures import (
     COLOURS,
     INK,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -77,7 +76,7 @@ class ImageClassification(Domain):
             train = sources.transfer(train, fraction=words.limit / len(train))
         transfer = train
         if words.labelled < 1:
-            transfer = replace(train, labels=None)
+            transfer = train.unlabelled()
             train = sources.transfer(train, fraction=words.labelled)
         if words.unlabelled is not None:
             transfer = sources.unlabelled(words.unlabelled, data.size)

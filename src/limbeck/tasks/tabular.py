@@ -88,7 +88,7 @@ class Tabular(Classification):
     """
 
     name: ClassVar[str] = "tabular"
-    samples: ClassVar[str] = "cells"
+    seen: ClassVar[str] = "cells"
 
     def __init__(
         self, classes: tuple[str, ...], input: TableInput, device: torch.device | None = None

@@ -190,7 +190,7 @@ class GANMC(Method):
 
     def terms(self, student: Answer, teacher: Answer, batch: Batch) -> Terms:
         """The student's one term, of whatever samples."""
-        return self._loss(student["logits"], teacher["logits"], rows=Tabular.samples in batch)
+        return self._loss(student["logits"], teacher["logits"], rows=Tabular.seen in batch)
 
     def _loss(self, ours: Tensor, theirs: Tensor, rows: bool) -> Terms:
         match = self.match or ("probabilities" if rows else "logits")
@@ -225,7 +225,7 @@ class GANMC(Method):
         generator, judge = self._made(bench)
         sample = bench.sample()
         labels = sample["label"]
-        real = generator.shown(sample[task.samples])
+        real = generator.shown(sample[task.seen])
         fake = generator(generator.noise(len(labels)).to(bench.device), labels)
         judge_terms(judge(real), judge(fake), labels, labels)
 
@@ -275,7 +275,7 @@ class GANMC(Method):
         def judged(batch: Batch) -> Terms:
             labels = batch["label"]
             fake, drawn = made(len(labels), labels.device)
-            real = generator.shown(batch[task.samples])
+            real = generator.shown(batch[task.seen])
             return judge_terms(judge(real), judge(fake.detach()), labels, drawn)
 
         def learned(batch: Batch) -> Terms:
@@ -360,7 +360,7 @@ class GANMC(Method):
         assert generator is not None
         share = {"real": 0.0, "fake": 1.0}.get(way, self.p_fake)
         real = bench.batches(size, seed)
-        mixed = Mixed(real, generator, task.samples, share, len(bench.transfer), size, seed)
+        mixed = Mixed(real, generator, task.seen, share, len(bench.transfer), size, seed)
 
         def terms(batch: Batch) -> Terms:
             assert bench.teacher is not None
@@ -408,7 +408,7 @@ class GANMC(Method):
 
         def real() -> Iterator[Tensor]:
             for batch in task.batches(shuffled, batch_size=self.scoring.batch_size).epoch(0):
-                yield batch[task.samples].to(bench.device)
+                yield batch[task.seen].to(bench.device)
 
         def drawn(classes: Tensor) -> Iterator[Tensor]:
             for number, part in enumerate(classes.split(self.scoring.batch_size)):
@@ -455,7 +455,7 @@ class GANMC(Method):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for samples in batches:
-                ours = task.run(student, {task.samples: samples})["logits"]
+                ours = task.run(student, {task.seen: samples})["logits"]
                 loss = self._loss(ours, _answers(bench, samples), rows)["compression"]
                 optimiser.zero_grad()
                 loss.backward()
@@ -568,7 +568,7 @@ def _answers(bench: Bench, samples: Tensor) -> Tensor:
     teacher, task = bench.teacher, _task(bench)
     assert teacher is not None
     return torch.cat(
-        [teacher(task, {task.samples: part})["logits"].float() for part in samples.split(CHUNK)]
+        [teacher(task, {task.seen: part})["logits"].float() for part in samples.split(CHUNK)]
     )
 
 
