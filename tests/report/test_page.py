@@ -430,7 +430,7 @@ def test_what_only_a_method_found_is_shown_with_its_table_charts_and_pictures(ma
                 "step",
                 "input",
                 {"student 50 %": [(0, 0.5), (9, 0.7)]},
-                {"student 50 %": [(0, 0.4, 0.6), (9, 0.65, 0.8)]},
+                bands={"student 50 %": [(0, 0.4, 0.6), (9, 0.65, 0.8)]},
             )
         ],
         pictures={"unit 7": torch.arange(64).view(8, 8).byte()},

@@ -60,7 +60,7 @@ class Method(nn.Module):
         """Raise a :class:`UserError` where the method cannot eat a task."""
         if self.tasks and task.name not in self.tasks:
             raise UserError(
-                f"{type(self).__name__} works on {' and '.join(self.tasks)}, not on {task.name}"
+                f"{type(self).__name__} works on {', '.join(self.tasks)}, not on {task.name}"
             )
 
     def build(self, student: Answer, teacher: Answer, batch: Batch) -> None:
