@@ -63,10 +63,11 @@ def _metric(result: Mapping[str, Any], role: str) -> str:
 def measured(metric: str, mean: float, half: float | None = None) -> str:
     """A metric as people read it, with half its interval if there is one.
 
-    >>> measured("accuracy", 0.5, 0.01), measured("cross_entropy", 0.5)
-    ('50.00 % ± 1.00 %', '0.5000')
+    >>> measured("accuracy", 0.5, 0.01), measured("cross_entropy", 0.5), measured("return", -150)
+    ('50.00 % ± 1.00 %', '0.5000', '-150.00')
     """
-    form = _percent if metric == "accuracy" else "{:.4f}".format
+    places = 4 if abs(mean) < 10 else 2
+    form = _percent if metric == "accuracy" else f"{{:.{places}f}}".format
     return form(mean) + (f" ± {form(half)}" if half is not None else "")
 
 
