@@ -6,7 +6,8 @@ student's own map should be. It is compared point by point, and a discriminator 
 tells the teacher's from the student's, which the student learns to prevent. The teacher's soft
 targets and the labels are learned beside them.
 
-Needs: layers of student and teacher that put out feature maps, (B, C, H, W), both behind a ReLU.
+Needs: layers of student and teacher that put out feature maps, (B, C, H, W), both behind a ReLU;
+of classifiers, or of detectors (:class:`KTANDetection`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError
 from limbeck.systems.classification.kd import kd
+from limbeck.tasks.detection import Detection
 from limbeck.training.bench import Bench
 from limbeck.training.distiller import Distiller
 from limbeck.training.features import check_maps
@@ -30,7 +32,7 @@ from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Fit, Training, Update
 from limbeck.training.taps import Taps
-from limbeck.training.task import Answer, Batch, Terms, moved
+from limbeck.training.task import Answer, Batch, Task, Terms, moved
 from limbeck.training.teacher import Teacher
 
 ACCURACY = "discriminator accuracy"
@@ -247,13 +249,13 @@ class KTAN(Method):
             made = layer.to(bench.device)(answer.features[self.teacher_taps[0]])
             # Drawn afresh, lest it depend on whether there is a discriminator.
             torch.manual_seed(bench.seeds[0])
-            head = nn.Linear(made.shape[1], answer["logits"].shape[-1]).to(bench.device)
+            head = nn.Linear(made.shape[1], self._kinds(task, answer)).to(bench.device)
         layer.requires_grad_(True)
         path = self.teacher_taps[0]
 
         def terms(batch: Batch) -> Terms:
             maps = layer(teacher(task, batch).features[path])
-            return {"labels": task.loss(Answer({"logits": head(maps.mean((2, 3)))}), batch)}
+            return {"labels": self._classified(task, head(maps.mean((2, 3))), batch)}
 
         settings = self.training_of_layer
         train = {"layer": layer, "head": head}
@@ -267,6 +269,14 @@ class KTAN(Method):
             epochs=settings.epochs,
         )
         layer.requires_grad_(False)
+
+    def _kinds(self, task: Task, teacher: Answer) -> int:
+        """How many outputs the classifier behind the teacher's layer has."""
+        return teacher["logits"].shape[-1]
+
+    def _classified(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        """That classifier's loss."""
+        return task.loss(Answer({"logits": logits}), batch)
 
     def _wanted(self, teacher: Answer) -> Tensor:
         assert self.layer is not None
@@ -397,3 +407,71 @@ class KTAN(Method):
             *([name, f"{p[0][1]:.3f}", f"{p[-1][1]:.3f}"] for name, p in lines.items()),
         ]
         return [Finding("Discriminator", caption, table, [chart])]
+
+
+class KTANDetection(KTAN):
+    """The same for detectors, by the last map that their heads share.
+
+    The teacher's layer is trained to say which kinds of things an image shows. The teacher looks at
+    images alone and judges no boxes, so there are no soft targets.
+
+    Args:
+        student_layer: a tap path; the trunk of Limbeck's own detectors.
+
+    The others are those of :class:`KTAN`.
+    """
+
+    tasks = ("detection",)
+    teacher_outputs = False
+
+    def __init__(
+        self,
+        feature: Weight = 1.0,
+        adversarial: Weight = 1e-3,
+        form: Form = "non-saturating",
+        warmup: Annotated[int, Field(ge=0)] = 0,
+        identity: bool = False,
+        norm: bool = True,
+        discriminator_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4,
+        layer: Training = Training(  # noqa: B008  (frozen)
+            epochs=3, batch_size=16, optimiser="adam", lr=1e-3, weight_decay=0, schedule="constant"
+        ),
+        student_layer: str = "backbone",
+        teacher_layer: str | None = None,
+        label_weight: Weight = 1.0,
+    ) -> None:
+        super().__init__(
+            kd=0.0,
+            feature=feature,
+            adversarial=adversarial,
+            form=form,
+            warmup=warmup,
+            identity=identity,
+            norm=norm,
+            discriminator_lr=discriminator_lr,
+            layer=layer,
+            student_layer=student_layer,
+            teacher_layer=teacher_layer,
+            label_weight=label_weight,
+        )
+
+    def _kinds(self, task: Task, teacher: Answer) -> int:
+        assert isinstance(task, Detection)
+        return len(task.classes)
+
+    def _classified(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, shown(batch["label"], logits.shape[1]))
+
+
+def shown(labels: Tensor, classes: int) -> Tensor:
+    """Which classes the boxes of images have, 0 or 1 in (B, classes).
+
+    Args:
+        labels: (B, G), class numbers from 1 on; 0 and less are no boxes.
+
+    >>> shown(torch.tensor([[2, 2, 0], [0, -1, 0]]), 2)
+    tensor([[0., 1.],
+            [0., 0.]])
+    """
+    numbers = torch.arange(1, classes + 1, device=labels.device)
+    return (labels[:, :, None] == numbers).any(1).float()
