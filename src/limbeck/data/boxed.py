@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +42,9 @@ class Boxed(Split):
 
     boxes: Tensor = _NONE
 
-    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Boxed:
+    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Self:
         chosen = torch.as_tensor(positions, dtype=torch.int64)
-        assert self.labels is not None, "scenes are labelled"
-        return replace(
-            self,
-            name=name or self.name,
-            labels=self.labels[chosen],
-            rows=self.rows[chosen],
-            boxes=self.boxes[chosen],
-        )
+        return replace(super().subset(chosen, name), boxes=self.boxes[chosen])
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())

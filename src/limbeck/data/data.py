@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -72,9 +72,44 @@ _COLOURED = 10_000
 _EVERY = torch.empty(0, dtype=torch.int64)
 
 
+class Samples:
+    """Some samples of a data set of any kind; subclasses are frozen dataclasses.
+
+    ``rows`` says which sample of the data set each is, its identity in every subset; ``labels`` is
+    ``None`` where there are none.
+    """
+
+    name: str
+    labels: Tensor | None
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Self:
+        """The samples at these positions, identities kept."""
+        chosen = torch.as_tensor(positions, dtype=torch.int64)
+        changed: dict[str, Any] = {"name": name or self.name, "rows": self.rows[chosen]}
+        if self.labels is not None:
+            changed["labels"] = self.labels[chosen]
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def unlabelled(self) -> Self:
+        """The same samples without labels."""
+        return replace(self, labels=None)  # type: ignore[type-var]
+
+    def _chosen(self, content: bytes) -> str:
+        """A hash of the data set's content, given as one, and of the choice and labels."""
+        digest = hashlib.sha256(content)
+        digest.update(self.rows.numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
-class Split:
-    """Some samples of a data set.
+class Split(Samples):
+    """Some images of a data set.
 
     ``labels`` is int64 of shape (N,), or ``None`` where there are none. ``rows`` says which image
     each sample is (all in turn if not given): a sample keeps its ``rows`` entry, its identity, in
@@ -95,23 +130,6 @@ class Split:
                 f"split {self.name!r} has {len(self.rows)} samples but {len(self.labels)} labels"
             )
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Self:
-        """The samples at these positions, identities kept."""
-        chosen = torch.as_tensor(positions, dtype=torch.int64)
-        return replace(
-            self,
-            name=name or self.name,
-            labels=None if self.labels is None else self.labels[chosen],
-            rows=self.rows[chosen],
-        )
-
-    def unlabelled(self) -> Split:
-        """The same samples without labels."""
-        return replace(self, labels=None)
-
     @cached_property
     def colours(self) -> tuple[Tensor, Tensor]:
         """The principal components of the pixels' colours, as :func:`pca_colours` gives them.
@@ -124,11 +142,7 @@ class Split:
 
     def fingerprint(self) -> str:
         """A hash of images, labels and choice of samples."""
-        digest = hashlib.sha256(self.images.fingerprint().encode())
-        digest.update(self.rows.numpy().tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()
+        return self._chosen(self.images.fingerprint().encode())
 
 
 @dataclass(frozen=True)

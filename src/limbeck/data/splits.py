@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, Self, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from limbeck.data.augment import uniforms
+from limbeck.data.data import Samples
 from limbeck.errors import UserError
 
 _TEST, _VALIDATION, _SUBSET, _SAMPLE = 11, 12, 13, 14
-
-
-class Samples(Protocol):
-    """A split of any kind: samples with an identity each, ``rows``, and a label if there are."""
-
-    @property
-    def labels(self) -> Tensor | None: ...
-
-    @property
-    def rows(self) -> Tensor: ...
-
-    def __len__(self) -> int: ...
-
-    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Self: ...
-
-    def unlabelled(self) -> Self: ...
 
 
 S = TypeVar("S", bound=Samples)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from limbeck.data.data import Samples
 from limbeck.data.splits import split_off_test, split_off_validation
 from limbeck.errors import UserError, did_you_mean
 from limbeck.models.table import Column, TableInput
@@ -32,7 +33,7 @@ NULLS = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Samples):
     """Some rows of a table.
 
     ``cells`` is float32 of shape (all rows, columns), what :class:`limbeck.models.table.TableInput`
@@ -45,30 +46,9 @@ class Rows:
     labels: Tensor | None
     rows: Tensor
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Rows:
-        """The samples at these positions, identities kept."""
-        chosen = torch.as_tensor(positions, dtype=torch.int64)
-        return replace(
-            self,
-            name=name or self.name,
-            labels=None if self.labels is None else self.labels[chosen],
-            rows=self.rows[chosen],
-        )
-
-    def unlabelled(self) -> Rows:
-        """The same samples without labels."""
-        return replace(self, labels=None)
-
     def fingerprint(self) -> str:
         """A hash of cells, labels and choice of samples."""
-        digest = hashlib.sha256(self.cells.numpy().tobytes())
-        digest.update(self.rows.numpy().tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()
+        return self._chosen(self.cells.numpy().tobytes())
 
 
 @dataclass(frozen=True)

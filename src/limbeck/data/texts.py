@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from limbeck.data import grammar
+from limbeck.data.data import Samples
 from limbeck.data.splits import split_off_test, split_off_validation
 from limbeck.errors import UserError, did_you_mean
 from limbeck.extras import need
@@ -51,7 +52,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Texts:
+class Texts(Samples):
     """Some samples of a data set of texts.
 
     Args:
@@ -76,26 +77,9 @@ class Texts:
         if self.labels is not None and len(self.labels) != len(self.rows):
             raise ValueError(f"{len(self.rows)} texts have {len(self.labels)} labels")
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def read(self, position: int) -> tuple[str, ...]:
         """One sample's strings."""
         return self.texts[int(self.rows[position])]
-
-    def subset(self, positions: Tensor | Sequence[int], name: str | None = None) -> Texts:
-        """The samples at these positions, identities kept."""
-        chosen = torch.as_tensor(positions, dtype=torch.int64)
-        return replace(
-            self,
-            name=name or self.name,
-            labels=None if self.labels is None else self.labels[chosen],
-            rows=self.rows[chosen],
-        )
-
-    def unlabelled(self) -> Texts:
-        """The same samples without labels."""
-        return replace(self, labels=None)
 
     def fingerprint(self) -> str:
         """A hash of texts, labels and choice of samples."""
@@ -103,10 +87,7 @@ class Texts:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.texts).encode())
-        for tensor in (self.rows, self.labels):
-            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
-        return digest.hexdigest()
+        return self._chosen(json.dumps(self.texts).encode())
 
 
 class TextBatches:
