@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,19 @@ def carry_out(
     laid.seconds = trainer.seconds
     trainer.work(watched(method.phases(laid)))
     return run
+
+
+def struck(work: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """A function that fails when it is called so many times; the audit's call counts."""
+    calls = []
+
+    def failing(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("the power went")
+        return work(*given)
+
+    return failing
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import limbeck
-from carrying import carry_out, noise, same
+from carrying import carry_out, noise, same, struck
 from limbeck import recipes
 from limbeck.catalogue import system
 from limbeck.data.data import ResidentImages, Split
@@ -576,7 +576,8 @@ def test_a_run_goes_on_to_the_same_bits_wherever_it_failed(tmp_path, poisoned, w
         if isinstance(phase, Solve):
             phase.run = _failing_solve(phase.run)
         else:
-            phase.updates[0].terms = _failing(phase.updates[0].terms)
+            # The audit's call and a step before it.
+            phase.updates[0].terms = struck(phase.updates[0].terms, 3)
 
     with pytest.raises(RuntimeError, match="power"):
         carry_out(tmp_path / "run", method(), bench(), look)
@@ -586,18 +587,6 @@ def test_a_run_goes_on_to_the_same_bits_wherever_it_failed(tmp_path, poisoned, w
     assert laid.students[0].name == unbroken.students[0].name
     assert same(laid.students[0], unbroken.students[0])
     assert (dna.ratings, dna.untrained) == (before.ratings, before.untrained)
-
-
-def _failing(terms):
-    calls = {"n": 0}
-
-    def failing(batch):
-        calls["n"] += 1
-        if calls["n"] == 3:  # the audit's call and a step before it
-            raise RuntimeError("as if the power had gone")
-        return terms(batch)
-
-    return failing
 
 
 def _failing_solve(run):

@@ -240,22 +240,7 @@ def _transformers(order: Order) -> Offer:
     models: Any = transformers.AutoModelForImageClassification
     name, input = order.name, order.input
     loads = order.pretrained or (order.config is None and has_weights(name))
-    try:
-        if order.config is not None:
-            config: Any = transformers.AutoConfig.for_model(**order.config)
-        else:
-            config = transformers.AutoConfig.from_pretrained(
-                name, trust_remote_code=False, local_files_only=not order.pretrained
-            )
-    except Exception as error:
-        hint = "" if order.pretrained else f" (hf:{name}@pretrained may download it)"
-        raise UserError(
-            f"hf:{name} is neither a folder written by save_pretrained nor a model that can be "
-            f"reached{hint}: {weights.first_line(error)}"
-        ) from error
-    config.dtype = torch.float32
-    config.id2label = dict(enumerate(order.classes))
-    config.label2id = {label: i for i, label in enumerate(order.classes)}
+    config = configuration(order)
     size = getattr(config, "image_size", None)
     native = _pair(size) if isinstance(size, int | list | tuple) else None
 
@@ -264,23 +249,11 @@ def _transformers(order: Order) -> Offer:
             config.num_channels = input.channels
         if size is not None and native is not None:
             config.image_size = size[0] if size[0] == size[1] else size
-        return _answering(models.from_config(config, trust_remote_code=False))
-
-    def make_loaded() -> nn.Module:
-        return _answering(
-            models.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                local_files_only=not order.pretrained,
-            )
-        )
+        return answering(models.from_config(config, trust_remote_code=False))
 
     if loads:
         channels = getattr(config, "num_channels", input.channels)
-        way = Way(make_loaded, _processed(order, channels, native))
+        way = Way(lambda: with_weights(models, order, config), _processed(order, channels, native))
         return Offer([way], native, loaded=True)
     if native is None or order.config is not None:
         return Offer([Way(make, input)])
@@ -293,7 +266,47 @@ def _transformers(order: Order) -> Offer:
     )
 
 
-def _answering(model: Any) -> nn.Module:
+def configuration(order: Order) -> Any:
+    """The configuration of a transformers model for an order's classes.
+
+    Raises:
+        UserError: there is none in the folder or the local cache.
+    """
+    configs: Any = need("transformers").AutoConfig
+    try:
+        if order.config is not None:
+            config: Any = configs.for_model(**order.config)
+        else:
+            config = configs.from_pretrained(
+                order.name, trust_remote_code=False, local_files_only=not order.pretrained
+            )
+    except Exception as error:
+        hint = "" if order.pretrained else f" (hf:{order.name}@pretrained may download it)"
+        raise UserError(
+            f"hf:{order.name} is neither a folder written by save_pretrained nor a model that can "
+            f"be reached{hint}: {weights.first_line(error)}"
+        ) from error
+    config.dtype = torch.float32
+    config.id2label = dict(enumerate(order.classes))
+    config.label2id = {label: i for i, label in enumerate(order.classes)}
+    return config
+
+
+def with_weights(models: Any, order: Order, config: Any) -> nn.Module:
+    """A transformers model with its published weights, but for a head that does not fit."""
+    return answering(
+        models.from_pretrained(
+            order.name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            local_files_only=not order.pretrained,
+        )
+    )
+
+
+def answering(model: Any) -> nn.Module:
     """Let a transformers model put out its logits, without a wrapper that renames its tensors."""
     model.register_forward_hook(_logits)
     return model  # type: ignore[no-any-return]

@@ -17,7 +17,14 @@ from limbeck.extras import need
 from limbeck.models import weights
 from limbeck.models.build import described
 from limbeck.models.input import Intake
-from limbeck.models.libraries import Offer, Order, Way
+from limbeck.models.libraries import (
+    Offer,
+    Order,
+    Way,
+    answering,
+    configuration,
+    with_weights,
+)
 from limbeck.models.spec import PRETRAINED, has_weights
 from limbeck.training.network import Network
 
@@ -330,59 +337,20 @@ def bert(
         pad_token_id=input.tokens[input.padding],
         num_labels=classes,
     )
-    return _answering(transformers.BertForSequenceClassification(config))
-
-
-def _answering(model: Any) -> nn.Module:
-    """Let a transformers model put out its logits, without a wrapper that renames its tensors."""
-    model.register_forward_hook(_logits)
-    return model  # type: ignore[no-any-return]
-
-
-def _logits(_: nn.Module, __: Any, output: Any) -> Any:
-    return output.logits
+    return answering(transformers.BertForSequenceClassification(config))
 
 
 def _transformers(order: Order) -> Offer:
-    transformers = need("transformers")
-    models: Any = transformers.AutoModelForSequenceClassification
-    name, input = order.name, order.input
-    online = order.pretrained
-    if order.config is not None:
-        config: Any = transformers.AutoConfig.for_model(**order.config)
-    else:
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                name, trust_remote_code=False, local_files_only=not online
-            )
-        except Exception as error:
-            hint = "" if online else f" (hf:{name}@pretrained may download it)"
-            raise UserError(
-                f"hf:{name} is neither a folder written by save_pretrained nor a model that can be "
-                f"reached{hint}: {weights.first_line(error)}"
-            ) from None
-        input = _library_tokenizer(name, input.length, online)
-    config.dtype = torch.float32
-    config.id2label = dict(enumerate(order.classes))
-    config.label2id = {label: i for i, label in enumerate(order.classes)}
-
-    def make() -> nn.Module:
-        return _answering(models.from_config(config, trust_remote_code=False))
-
-    def make_loaded() -> nn.Module:
-        return _answering(
-            models.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                local_files_only=not online,
-            )
-        )
-
-    loads = online or (order.config is None and has_weights(name))
-    return Offer([Way(make_loaded if loads else make, input)], loaded=loads)
+    models: Any = need("transformers").AutoModelForSequenceClassification
+    config, input = configuration(order), order.input
+    if order.config is None:
+        input = _library_tokenizer(order.name, input.length, order.pretrained)
+    if order.pretrained or (order.config is None and has_weights(order.name)):
+        return Offer([Way(lambda: with_weights(models, order, config), input)], loaded=True)
+    fresh = Way(lambda: answering(models.from_config(config, trust_remote_code=False)), input)
+    return Offer([fresh])
+        [Way(lambda: answering(models.from_config(config, trust_remote_code=False)), input)]
+    )
 
 
 # Where the parts of an encoder lie.
