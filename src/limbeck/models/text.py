@@ -349,8 +349,6 @@ def _transformers(order: Order) -> Offer:
         return Offer([Way(lambda: with_weights(models, order, config), input)], loaded=True)
     fresh = Way(lambda: answering(models.from_config(config, trust_remote_code=False)), input)
     return Offer([fresh])
-        [Way(lambda: answering(models.from_config(config, trust_remote_code=False)), input)]
-    )
 
 
 # Where the parts of an encoder lie.
