@@ -393,7 +393,7 @@ def test_a_task_without_masks_is_refused(tmp_path):
             "student": {"model": "resnet8"},
         }
     )
-    with pytest.raises(UserError, match="SAD works on lanes and segmentation, not on classif"):
+    with pytest.raises(UserError, match="SAD works on lanes, segmentation, not on classif"):
         distillation.start(recipe, tmp_path / "run", Voice(quiet=True))
 
 
