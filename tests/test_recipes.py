@@ -258,6 +258,11 @@ def test_anchors_of_a_recipe_file_work_and_a_bomb_of_them_is_told_in_time(tmp_pa
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize("task", ["tabular", "segmentation"])
+def test_a_task_without_views_is_remembered_without_them(task):
+    assert recipes.with_cache({"task": task}) == {"task": task, "engine": {"cache": "fp16"}}
+
+
 def test_remembering_the_teacher_sets_what_was_not_set():
     values = {"data": {"source": "digits", "augment": {"views": 7}}, "engine": {"threads": 2}}
     found = recipes.with_cache(values)

@@ -198,12 +198,16 @@ VIEWS = 4
 
 
 def with_cache(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe values that remember the teacher's answers, of a finite number of views.
+    """Recipe values that remember the teacher's answers, of a finite number of views if any.
 
     >>> with_cache({"data": {"augment": {"crop": 2, "views": None}}})["data"]
     {'augment': {'crop': 2, 'views': 4}}
     """
-    return _filled(values, {"engine": {"cache": "fp16"}, "data": {"augment": {"views": VIEWS}}})
+    lacking: dict[str, Any] = {"engine": {"cache": "fp16"}}
+    words = domain(str(values.get("task", "classification"))).words_type
+    if "augment" in words.model_fields and "views" in _fields(words, ["augment"]):
+        lacking["data"] = {"augment": {"views": VIEWS}}
+    return _filled(values, lacking)
 
 
 def _filled(values: Mapping[str, Any], lacking: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_the_teacher_answers_as_the_engine_says(tmp_path):
 
 def test_fresh_views_without_end_cannot_be_remembered_and_are_met_before_training(tmp_path):
     task = Classification(["a", "b", "c"], Augment(flip=True))
-    with pytest.raises(UserError, match=r"say how many with data\.augment\.views"):
+    with pytest.raises(UserError, match=r"of images set data\.augment\.views"):
         bench(task=task, cache=Cache(tmp_path)).rehearse(KD())
     few = Classification(["a", "b", "c"], Augment(flip=True, views=2))
     bench(task=few, cache=Cache(tmp_path)).rehearse(KD())

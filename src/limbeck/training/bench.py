@@ -230,8 +230,9 @@ class Bench:
         if "view" not in batch:
             raise UserError(
                 "the teacher's answers can be remembered where a sample has a name and a finite "
-                "number of views: say how many with data.augment.views, and give the data by name "
-                "or as limbeck.data.Data instead of your own loaders"
+                f"number of views, which a batch of the task {self.task.name} does not say here: "
+                "of images set data.augment.views, and give the data by name or as "
+                "limbeck.data.Data instead of your own loaders; or leave engine.cache out"
             )
         cache.check(teacher.members(self.task, sample), batch["view"], self.task.distributions)
 
