@@ -69,11 +69,23 @@ def test_a_measured_result_can_be_repeated(chosen):
     assert chosen.idea.strip()
     assert chosen.equations.strip()
     for result in chosen.results:
-        assert set(result) == {"data", "figures", "command", "machine", "date"}
+        assert set(result) == {"data", "effect", "figures", "command", "machine", "date"}
         assert result["command"].startswith("limbeck ")
         assert result["date"] <= date.today()
         named = re.findall(r"limbeck run (\S+)", result["command"])
         assert all(name in systems() for name in named)
+
+
+@each
+def test_an_effect_is_one_of_the_figures(chosen):
+    for result in chosen.results:
+        effect, figures = result["effect"], result["figures"]
+        word = re.match("better|worse|not decided|one seed", effect)
+        assert word, effect
+        assert word[0] == "one seed" or word[0] in figures.lower(), effect
+        (number,) = re.findall(r"[-+]?\d+\.\d+", effect)
+        # Of two figures of one seed, or of a spread, the difference is not spelt out.
+        assert number.lstrip("+-") in figures or "difference" not in figures, effect
 
 
 def test_what_is_listed_as_json_is_what_the_file_says():

@@ -41,6 +41,10 @@ def test_list_and_show_tell_of_every_system(command):
         assert slug in command("list")[1]
         assert systems()[slug].paper.title in command("show", slug)[1]
     assert json.loads(command("list", "--json", "--task", "juggling")[1]) == []
+    assert (
+        "image classification] better by 1.48 points on MNIST"
+        in (command("list", "--domain", "classification")[1])
+    )
 
 
 def test_listing_the_systems_does_not_import_torch():

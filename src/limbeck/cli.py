@@ -63,7 +63,7 @@ def list_(
     task: Annotated[str | None, typer.Option(help="part of a task's name")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the systems."""
+    """List the systems, with the effect that was measured first."""
     from limbeck.catalogue import systems
 
     wanted = {"knowledge": knowledge, "scheme": scheme, "kind": kind, "task": task}
@@ -87,7 +87,9 @@ def list_(
             for tags in (paper.knowledge, paper.scheme, paper.kind, paper.task)
             if tags
         )
-        _echo(f"{paper.number:02d}  {system.slug:<{width}}  {paper.title} ({paper.year}) [{tags}]")
+        effect = system.results[0]["effect"] if system.results else "not measured"
+        title = f"{paper.title} ({paper.year})"
+        _echo(f"{paper.number:02d}  {system.slug:<{width}}  {title} [{tags}] {effect}")
 
 
 @app.command(epilog="Example: limbeck show kd")
@@ -127,7 +129,8 @@ def _card(system: System) -> str:
         lines += ["", "Notes", "  " + system.notes.strip()]
     lines += ["", "Measured"]
     for result in system.results:
-        lines.append(f"  {result['data']}: {result['figures']}")
+        lines.append(f"  {result['effect']}: {result['data']}")
+        lines.append(f"    {result['figures']}")
         lines.append(f"    {result['command']}")
         lines.append(f"    {result['machine']}, {result['date']}")
     if not system.results:
