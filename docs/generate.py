@@ -43,9 +43,9 @@ def results() -> str:
 def _measured(found: System) -> str:
     lines = [f"\n## {found.paper.number:02d} {found.slug}\n"]
     for result in found.results:
-        lines.append(
-            f"### {result['data']}\n\n**{result['effect']}.** {result['figures'].strip()}\n"
-        )
+        effect = result["effect"]
+        lines.append(f"### {result['data']}\n")
+        lines.append(f"**{effect[:1].upper()}{effect[1:]}.** {result['figures'].strip()}\n")
         lines.append(f"```sh\n{result['command'].strip()}\n```\n")
         lines.append(f"{result['machine']}, {result['date']}.\n")
     if found.notes:
