@@ -109,7 +109,18 @@ def test_a_recipe_survives_being_written_and_read():
         ({"seeds": 0}, "seeds=0"),
         ({"mean": "median"}, "mean='median'"),
         ({"task": "sequences"}, "there is no task 'sequences'; did you mean sequence"),
-        ({1: 2}, "recipe key 1"),
+        ({1: 2}, "recipe key 1: 1 is no word"),
+        ({"\ud800": 2}, "is no word"),
+        ({"system": [1], "method": {}}, r"recipe key system=\[1\]"),
+        ({"methods": {"kd:": {}}}, "no system 'kd:'; did you mean kd"),
+        ({"baseline": {"modle": 1}}, "no key 'baseline.modle'; did you mean model"),
+        ({"baseline": {"model": "x", "training": {"epocs": 1}}}, "'baseline.training.epocs'; did"),
+        ({"student": 3}, "recipe key student=3: a mapping of keys to values is wanted"),
+        ({"engine": {"cache_folder": 3}}, "engine.cache_folder=3: a path is wanted"),
+        ({"engine": {"checkpoint_seconds": float("inf")}}, "checkpoint_seconds=inf"),
+        ({"student": {"training": {"milestones": [10**400]}}}, "milestones.0=1000.* means nothing"),
+        ({"task": "sequence", "data": {"sequence": [1]}}, "data.sequence.0=1: a list is wanted"),
+        ({"called": [[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]}, "called.*nested too deeply"),
         ({"methods": {"kd": {"temprature": 1}}}, "no parameter 'temprature'; did you mean temper"),
         ({"methods": {"kd": {"temperature": 0}}}, r"KD\(temperature=0\)"),
         ({"methods": {"kd": 3}}, "methods.kd=3"),
@@ -128,7 +139,8 @@ def test_overrides_are_plain_values():
         "a": {"b": [1, "x"], "c": "1e-3"},
         "d": None,
     }
-    for word in ("a", "=1", "a..b=1", "a=!!python/name:os.system", "a=[", "a={{}}"):
+    deep = "a." * 5000 + "b=1"
+    for word in ("a", "=1", "a..b=1", deep, "a=!!python/name:os.system", "a=[", "a={{}}"):
         with pytest.raises(UserError):
             recipes.overrides([word])
 
@@ -223,6 +235,12 @@ def test_presets_are_not_changed_by_what_is_made_of_them():
         (b"a: !!python/object/new:os.system ['touch canary']", "is no YAML that a recipe"),
         (b"a: !!python/name:os.system", "is no YAML that a recipe"),
         (b"a: 1\n---\na: 2", "is no YAML that a recipe"),
+        (b"seed: 1\nseed: 2", r"the key 'seed' occurs twice \(line 2\)"),
+        (b"a: {<<: {b: 1}, b: 2, b: 3}", "the key 'b' occurs twice"),
+        (b"a: !!set {b}", r"the tag '.*:set' is none of a plain value \(line 1\)"),
+        (b"seed: " + b"9" * 5000, "a number has more than 400 digits"),
+        (b"seed: 1" + b":59" * 9999, "a number has more than 400 digits"),
+        (b"#" * 2**21, "it has more than 1,048,576 characters"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_sentence_and_runs_nothing(
@@ -250,12 +268,14 @@ def test_anchors_of_a_recipe_file_work_and_a_bomb_of_them_is_told_in_time(tmp_pa
     )
     recipe = recipes.validate(recipes.read(path))
     assert recipe.student.training == recipe.teachers[0].training
-    levels = [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)]
-    path.write_text("\n".join(["student:", "- &a0 [x]", *levels]))
-    begun = time.monotonic()
-    with pytest.raises(UserError, match="recipe key student="):
-        recipes.validate({**MINIMAL, **recipes.read(path)})
-    assert time.monotonic() - begun < 5
+    lists = [f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]" for n in range(1, 40)]
+    maps = [f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}" for n in range(1, 40)]
+    for bomb in (["a0: &a0 [x]", *lists], ["a0: &a0 {x: 1}", *maps], ["a: &a [*a]"]):
+        path.write_text("\n".join(bomb))
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"r\.yaml .*(100,000 values|holds itself) \(line"):
+            recipes.read(path)
+        assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("task", ["tabular", "segmentation"])

@@ -140,8 +140,8 @@ def method_class(name: str) -> type[Method]:
     """
     if foreign.is_foreign(name):
         return foreign.method_class(name)
-    slug, _, further = name.partition(":")
-    return system(slug).method_class(further)
+    slug, colon, further = name.partition(":")
+    return system(slug if further or not colon else name).method_class(further)
 
 
 def owner(method: str) -> System:

@@ -508,9 +508,13 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        # A path in the sentence may hold bytes that are no UTF-8.
-        sentence = str(error).encode("utf-8", "backslashreplace").decode()
-        typer.echo(f"limbeck: {sentence}", err=True)
+        typer.echo(f"limbeck: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        refused = UserError(f"{error.filename}: {(error.strerror or 'error').lower()}")
+        typer.echo(f"limbeck: {refused}", err=True)
         sys.exit(2)
     except Exception as error:
         status = getattr(error, "status", None)

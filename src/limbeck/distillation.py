@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from limbeck import __version__
 from limbeck import data as sources
 from limbeck.data.data import Data
-from limbeck.errors import UserError
+from limbeck.errors import UserError, readable
 from limbeck.models import Input, build, described, load, profile, save, weights_given
 from limbeck.models.input import Intake
+from limbeck.models.spec import exists
 from limbeck.recipes import ModelPart, Recipe, validate
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks import domain
@@ -267,12 +268,13 @@ def measure(model: str, data: str, split: str = "test") -> dict[str, float]:
     if any(f.is_required() for n, f in kind.words_type.model_fields.items() if n != "source"):
         kind = ImageClassification  # what else a task needs to know is not said here
     engine = Engine()
-    ground = kind(
-        kind.words_type(source=data),
-        device=_device(engine),
-        workers=engine.readers(),
-        voice=Voice(quiet=True),
-    )
+    with readable(f"the data source {data}"):
+        ground = kind(
+            kind.words_type(source=data),
+            device=_device(engine),
+            workers=engine.readers(),
+            voice=Voice(quiet=True),
+        )
     return ground.task().measure(ground.network(model), ground.splits[split])
 
 
@@ -284,7 +286,7 @@ def recognise(model: str, files: Sequence[Path], top: int = 3) -> list[dict[str,
 
 def _domain_of(model: str) -> type[Domain]:
     """The domain that a stored model was made for; images with a class each unless it says."""
-    stored = model.partition(":")[0] in ("run", "file") or Path(model).exists()
+    stored = model.partition(":")[0] in ("run", "file") or exists(model)
     facts = described(_stored(model)) if stored else {}
     return domain(facts.get("task", Classification.name))
 
@@ -292,8 +294,8 @@ def _domain_of(model: str) -> type[Domain]:
 def _stored(model: str) -> Path:
     """Where the network lies that ``run:PATH``, ``file:PATH`` or a bare path names."""
     kind, colon, rest = model.partition(":")
-    path = Path(rest if colon and kind in ("run", "file") else model)
-    return path / "student" if path.is_dir() else path
+    name = rest if colon and kind in ("run", "file") else model
+    return Path(name) / "student" if exists(f"{name}/.") else Path(name)
 
 
 def ready(model: str) -> bool:
@@ -306,7 +308,7 @@ def weigh(model: str, view: tuple[int, int, int], classes: int) -> dict[str, Any
 
     ``view`` and ``classes`` are for models by name; a stored network knows its own.
     """
-    if model.partition(":")[0] in ("run", "file") or Path(model).is_dir():
+    if model.partition(":")[0] in ("run", "file") or exists(f"{model}/."):
         network = load(_stored(model))
         fed = network.input
         sample = fed.sample() if isinstance(fed, Intake) else torch.zeros(1, *view)
@@ -320,7 +322,10 @@ def weigh(model: str, view: tuple[int, int, int], classes: int) -> dict[str, Any
 def _from_recipe(recipe: Recipe, voice: Voice) -> _Job:
     """Turn a recipe's words into data, networks and a method."""
     engine, device, method = recipe.engine, _device(recipe.engine), recipe.method()
-    ground = domain(recipe.task)(recipe.data, device=device, workers=engine.readers(), voice=voice)
+    with readable(f"the data source {recipe.data.source}"):
+        ground = domain(recipe.task)(
+            recipe.data, device=device, workers=engine.readers(), voice=voice
+        )
 
     def own_task(part: ModelPart) -> Task | None:
         return None if part.augment is None else ground.task(part.augment)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limbeck import plain
 from limbeck.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def method_class(name: str) -> type[Method]:
         raise UserError(
             f"the method {name} is code in a file, which is run only if you say so: --run-code"
         )
-    module = _module(Path(path).expanduser().absolute())
+    module = _module(plain.path(path).absolute())
     methods = {
         key: value
         for key, value in vars(module).items()

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import reprlib
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
+from limbeck import plain
 from limbeck.catalogue import System, method_class, short_name
 from limbeck.data.augment import Augment
-from limbeck.errors import UserError, did_you_mean
+from limbeck.errors import UserError, did_you_mean, shown
 from limbeck.tasks import DOMAINS, domain
 from limbeck.training.domain import Domain, Part, Words
 from limbeck.training.engine import Engine
 from limbeck.training.method import Method, Sum, Supervised
-from limbeck.training.parameters import reason_of
+from limbeck.training.parameters import Fault, fault
 from limbeck.training.phases import Training
 
 Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -155,12 +155,12 @@ def overrides(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         path, equals, text = word.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise UserError(f"--set wants key.key=value, not {word!r}")
+        if not equals or not all(keys) or len(keys) > DEEPEST:
+            raise UserError(f"--set wants key.key=value, not {shown(word)}")
         try:
-            value: Any = yaml.safe_load(text)
-        except Exception:  # A wrong tag can fail in any way.
-            raise UserError(f"--set {path}: {text!r} is no YAML value") from None
+            value: Any = plain.parse(text)
+        except ValueError as error:
+            raise UserError(f"--set {path}: {shown(text)} is no YAML value: {error}") from None
         for key in reversed(keys):
             value = {key: value}
         result = merged(result, value)
@@ -263,15 +263,21 @@ def read(path: Path) -> dict[str, Any]:
         UserError: the file is missing or no YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise UserError(f"{path} cannot be read: it is no file but a device or a pipe")
+        with path.open(encoding="utf-8") as file:
+            content = plain.parse(file.read(plain.MOST_CHARACTERS + 1))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {(error.strerror or 'error').lower()}") from None
-    except Exception as error:  # Foreign bytes can fail in any way.
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no YAML that a recipe can be read from: {line}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no YAML that a recipe can be read from: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping of keys to values, which a recipe is")
     return content
+
+
+DEEPEST, MOST = 20, 2**63
+"""No recipe is nested deeper, and no number in one is so large."""
 
 
 def validate(values: Mapping[str, Any]) -> Recipe:
@@ -281,14 +287,36 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         UserError: a key that does not exist (with the near ones), or a value out of range: one
             sentence on the first of them.
     """
+    _check_extent(values)
     values = _shared_method(_with_list(values))
     kind = recipe_type(str(values.get("task", "classification")))
     try:
         recipe = kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(error, kind)) from None
+        raise UserError(_sentence(fault(error, values), kind)) from None
     recipe.method()
     return recipe
+
+
+def _check_extent(values: Mapping[str, Any]) -> None:
+    """Refuse values without end, numbers that no machine counts to and keys that are no words."""
+    waiting: list[tuple[str, int, Any]] = [("", 0, values)]
+    seen = 0
+    while waiting:
+        where, depth, value = waiting.pop()
+        seen += 1
+        if depth > DEEPEST or seen > plain.MOST_VALUES:
+            raise UserError(f"recipe key {where}: values are nested too deeply, or too many")
+        if isinstance(value, int) and abs(value) >= MOST:
+            raise UserError(f"recipe key {where}={shown(value)}: so large a number means nothing")
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                path = f"{where}.{key}".removeprefix(".")
+                if not isinstance(key, str) or not key.isprintable():
+                    raise UserError(f"recipe key {path}: {shown(key)} is no word")
+                waiting.append((path, depth + 1, inner))
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{where}.{n}", depth + 1, inner) for n, inner in enumerate(value)]
 
 
 def _shared_method(values: dict[str, Any]) -> dict[str, Any]:
@@ -297,27 +325,24 @@ def _shared_method(values: dict[str, Any]) -> dict[str, Any]:
         own, methods = values.pop("method"), values.get("methods") or {}
         if not isinstance(methods, Mapping):
             raise UserError("recipe key methods: a mapping from systems to parameters is wanted")
-        first = next(iter(methods), values.get("system"))
+        first = next(iter(methods), str(values.get("system")))
         given = methods.get(first) or {}
-        if not all(isinstance(m, Mapping) for m in (own, given)) or not isinstance(first, str):
+        if not all(isinstance(m, Mapping) for m in (own, given)):
             raise UserError("recipe key method: a mapping of parameters is wanted")
         values["methods"] = {**methods, first: merged(given, own)}
     return values
 
 
-def _sentence(error: ValidationError, kind: type[Recipe]) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        *parents, wrong = first["loc"]
+def _sentence(wrong: Fault, kind: type[Recipe]) -> str:
+    if wrong.kind == "extra_forbidden":
+        *parents, last = wrong.path
         known = _fields(kind, parents)
-        return f"the recipe has no key {where!r}{_elsewhere(first['loc'])}; " + did_you_mean(
-            str(wrong), known
+        return f"the recipe has no key {shown(wrong.where)}{_elsewhere(wrong.path)}; " + (
+            did_you_mean(str(last), known)
         )
-    if first["type"] == "missing":
-        return f"the recipe lacks the key {where!r}"
-    reason = reason_of(first["msg"])
-    return f"recipe key {where}={_shown(first['input'])}: {reason}"
+    if wrong.kind == "missing":
+        return f"the recipe lacks the key {wrong.where!r}"
+    return f"recipe key {wrong.where}={shown(wrong.value)}: {wrong.reason}"
 
 
 def _elsewhere(place: Sequence[int | str]) -> str:
@@ -326,20 +351,6 @@ def _elsewhere(place: Sequence[int | str]) -> str:
         return ""
     tasks = [task for task in DOMAINS if place[1] in domain(task).words_type.model_fields]
     return f", which is of the task {' or '.join(tasks)}" if tasks else ""
-
-
-def _shown(value: Any) -> str:
-    """A value as an error sentence shows it: short, however much the value holds.
-
-    >>> _shown({"model": "vgg8"}), _shown([1] * 99)
-    ("{'model': 'vgg8'}", '[1, 1, 1, 1, 1, 1, ...]')
-    """
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    try:
-        return short.repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__}"
 
 
 def _fields(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:

@@ -43,7 +43,7 @@ class Augment(BaseModel):
     with ``mixup`` and ``cutmix`` as alpha; where both are given, either has probability one half.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     colour: float = Field(
         default=0.0, ge=0, allow_inf_nan=False, description="deviation of the tint's draws"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limbeck import plain
 from limbeck.data.augment import uniforms
 from limbeck.data.batches import ImageBatches
 from limbeck.data.boxes import Annotated, read_coco, read_voc
@@ -222,8 +223,8 @@ def _parse(source: str) -> tuple[str, Path | None]:
     if kind in KINDS:
         if not rest:
             raise UserError(f"{kind}: wants a path behind the colon, as in {kind}:PATH")
-        return kind, Path(rest).expanduser()
-    path = Path(source).expanduser()
+        return kind, plain.path(rest)
+    path = plain.path(source)
     if not source or not path.exists():
         if "/" in source or source.startswith(("~", ".")):
             raise UserError(f"the data path {source} does not exist")

@@ -126,7 +126,7 @@ class Warp(BaseModel):
     (``flip``). Pixels that come from outside are black and have no class.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     flip: bool = False
     zoom: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from limbeck import plain
 from limbeck.data import cifar, formats
 from limbeck.data.data import Data, ResidentImages, Split
 from limbeck.data.folder import read_folder
 from limbeck.data.images import decode
 from limbeck.data.splits import sample, split_off_test, split_off_validation
-from limbeck.errors import UserError, did_you_mean
+from limbeck.errors import UserError, did_you_mean, readable
 
 KINDS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "parquet", "hf")
 
@@ -51,7 +51,7 @@ def load(
         raise UserError(f"the validation share lies in [0, 1), not at {validation}")
     if size is not None and min(size) < 1:
         raise UserError(f"a view is at least 1 x 1 pixels large, not {size[0]} x {size[1]}")
-    with _readable(source):
+    with readable(f"the data source {source}"):
         kind, path = _parse(source)
         if label is not None and kind not in ("cifar10", "cifar100", "parquet", "hf"):
             raise UserError(
@@ -63,7 +63,7 @@ def load(
 
 def unlabelled(source: str, size: tuple[int, int]) -> Split:
     """All images of a source as one split without labels."""
-    with _readable(source):
+    with readable(f"the data source {source}"):
         kind, path = _parse(source)
         splits = list(_READERS[kind](path, size, None).splits.values())
     return Split("unlabelled", splits[0].images, None, torch.cat([s.rows for s in splits]))
@@ -71,19 +71,8 @@ def unlabelled(source: str, size: tuple[int, int]) -> Split:
 
 def kind_of(source: str) -> str:
     """The family of data a source belongs to, found without reading the images."""
-    with _readable(source):
+    with readable(f"the data source {source}"):
         return _parse(source)[0]
-
-
-@contextmanager
-def _readable(source: str) -> Iterator[None]:
-    """What the operating system refuses is a mistake in the source."""
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"the data source {source} cannot be read: {reason}{where}") from None
 
 
 def read_image(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
@@ -124,20 +113,13 @@ def _parse(source: str) -> tuple[str, Path | None]:
             raise UserError(f"digits come with scikit-learn and take no path, as in {source}")
         if kind in ("folder", "parquet", "hf") and not rest:
             raise UserError(f"{kind}: wants a path or name behind the colon, as in {kind}:PATH")
-        return kind, _path(rest) if colon and rest else None
-    path = _path(source)
+        return kind, plain.path(rest) if colon and rest else None
+    path = plain.path(source)
     if source and path.exists():
         return _sniff(path), path
     if "/" in source or source.startswith(("~", ".")):
         raise UserError(f"the data path {source} does not exist")
     raise UserError(f"there is no data source {source!r}; {did_you_mean(kind, KINDS)}")
-
-
-def _path(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{text} begins with the home of a user who is not known here") from None
 
 
 def _sniff(path: Path) -> str:

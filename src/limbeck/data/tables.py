@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from limbeck import plain
 from limbeck.data.data import Samples
 from limbeck.data.splits import split_off_test, split_off_validation
 from limbeck.errors import UserError, did_you_mean
@@ -162,7 +163,7 @@ def _parse(source: str) -> tuple[str, Path | None]:
     known = [*EMBEDDED, *(f"{k}:PATH" for k in FILES)]
     text = rest if colon and kind in FILES else source
     try:
-        path = Path(text).expanduser()
+        path = plain.path(text)
     except RuntimeError:
         raise UserError(f"{text} begins with the home of a user who is not known here") from None
     if text and path.exists():

@@ -45,7 +45,7 @@ class Spec:
             )
         name, at, weights = rest.rpartition("@")
         # A folder's name may hold an @ itself.
-        if not at or (kind and Path(rest).exists()):
+        if not at or (kind and exists(rest)):
             name, weights = rest, ""
         elif weights != PRETRAINED and Path(weights).suffix not in SUFFIXES:
             raise UserError(
@@ -57,6 +57,18 @@ class Spec:
         if kind in STORED and weights == PRETRAINED:
             raise UserError(f"{text}: {kind}: brings its own weights; leave @{PRETRAINED} out")
         return cls(kind, name, weights)
+
+
+def exists(text: str) -> bool:
+    """Whether a text is the path of something; one that can be no path is that of nothing.
+
+    >>> exists("."), exists("x" * 5000)
+    (True, False)
+    """
+    try:
+        return Path(text).exists()
+    except OSError:
+        return False
 
 
 def weights_given(spec: str) -> bool:
@@ -78,7 +90,7 @@ def has_weights(folder: str) -> bool:
     >>> has_weights("nowhere")
     False
     """
-    return any(
+    return exists(folder) and any(
         path.match(pattern)
         for path in Path(folder).glob("*")
         for pattern in ("model*.safetensors", "pytorch_model*.bin")

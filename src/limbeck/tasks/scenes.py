@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from limbeck import plain
 from limbeck.data import composed
 from limbeck.data.masks import read_masks
 from limbeck.data.scenes import Pools, Scenes, Warp
@@ -87,9 +88,9 @@ class ImageSegmentation(Domain):
         if source == cls.embedded:
             return source, None
         if colon and kind == cls.files and rest:
-            return kind, Path(rest).expanduser()
-        if Path(source).expanduser().exists() and source:
-            return cls.files, Path(source).expanduser()
+            return kind, plain.path(rest)
+        if plain.path(source).exists() and source:
+            return cls.files, plain.path(source)
         if "/" in source or source.startswith("."):
             raise UserError(f"the data path {source} does not exist")
         raise UserError(

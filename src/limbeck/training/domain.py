@@ -19,7 +19,7 @@ from limbeck.training.task import Task
 class Part(BaseModel):
     """A part of a recipe: its keys and no others, which stay as they were read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Words(Part):

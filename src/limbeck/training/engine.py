@@ -43,7 +43,7 @@ class Engine(BaseModel):
     :class:`limbeck.training.cache.Cache`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     device: Literal["auto", "cpu"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024, description="of the CPU")

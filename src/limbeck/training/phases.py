@@ -22,7 +22,7 @@ class Training(BaseModel):
     epochs rise linearly from zero.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: int = Field(default=10, ge=0, le=10**6, description="passes over the training set")
     batch_size: int = Field(

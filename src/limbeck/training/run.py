@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import yaml
 
+from limbeck import plain
 from limbeck.errors import UserError
 from limbeck.training.checkpoint import Checkpoints, read_state, write_atomically, write_state
 
@@ -70,7 +71,7 @@ class Run:
 
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe."""
-        return self._mapping(RECIPE, yaml.safe_load)
+        return self._mapping(RECIPE, plain.parse)
 
     def result(self) -> dict[str, Any]:
         """What the run found; raises :class:`UserError` while it is not finished."""
@@ -94,7 +95,7 @@ class Run:
     def _mapping(self, name: str, parse: Any) -> dict[str, Any]:
         try:
             content = parse((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError):
             content = None
         if not isinstance(content, dict):
             raise UserError(f"{self.path / name} cannot be read: it is not what Limbeck wrote")

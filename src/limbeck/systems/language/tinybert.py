@@ -206,7 +206,7 @@ class Augmentation(BaseModel):
     is the teacher's own (``pretraining``) unless ``language_model`` names one of transformers.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     copies: int = Field(default=20, ge=0, le=1000)
     candidates: int = Field(default=15, ge=1, le=1000)
