@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import yaml
 
+from limbeck import memory
 from limbeck.catalogue import method_class, owner, short_name
 from limbeck.errors import UserError
 from limbeck.foreign import is_foreign
@@ -288,7 +289,7 @@ def _tuned(folder: Path, name: str) -> dict[str, Any]:
 
 def _affordable(laid: Plan, folder: Path, voice: Voice) -> int:
     """How many processes fit into memory at once, by what the plain student's took."""
-    free, taken = _available_memory(), Run.open(folder / PLAIN).result().get("memory")
+    free, taken = memory.available(), Run.open(folder / PLAIN).result().get("memory")
     if laid.jobs == 1 or free is None or not taken:
         return laid.jobs
     # A teacher's answers and a method's own modules come on top.
@@ -296,15 +297,6 @@ def _affordable(laid: Plan, folder: Path, voice: Voice) -> int:
     if jobs < laid.jobs:
         voice.warn(f"memory allows {jobs} processes at once, not {laid.jobs}")
     return jobs
-
-
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kilobytes = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return next((int(k) * 1024 for k in kilobytes), None)
 
 
 class _Crew:

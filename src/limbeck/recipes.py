@@ -307,7 +307,7 @@ def _check_extent(values: Mapping[str, Any]) -> None:
         seen += 1
         if depth > DEEPEST or seen > plain.MOST_VALUES:
             raise UserError(f"recipe key {where}: values are nested too deeply, or too many")
-        if isinstance(value, int) and abs(value) >= MOST:
+        if isinstance(value, int | float) and abs(value) >= MOST:
             raise UserError(f"recipe key {where}={shown(value)}: so large a number means nothing")
         if isinstance(value, Mapping):
             for key, inner in value.items():

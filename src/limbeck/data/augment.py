@@ -49,11 +49,11 @@ class Augment(BaseModel):
         default=0.0, ge=0, allow_inf_nan=False, description="deviation of the tint's draws"
     )
     colour_scale: Literal["eigenvalue", "sqrt"] = "eigenvalue"
-    crop: int = Field(default=0, ge=0, description="pixels")
+    crop: int = Field(default=0, ge=0, le=1024, description="pixels")
     flip: bool = False
     zoom: Annotated[float, Field(gt=0, le=1)] = 1.0
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0
-    rand_ops: int = Field(default=0, ge=0, description="operations an image")
+    rand_ops: int = Field(default=0, ge=0, le=100, description="operations an image")
     rand_magnitude: int = Field(default=9, ge=0, le=30)
     mixup: _Alpha = 0.0
     cutmix: _Alpha = 0.0

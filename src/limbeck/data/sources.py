@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from limbeck import plain
+from limbeck import memory, plain
 from limbeck.data import cifar, formats
 from limbeck.data.data import Data, ResidentImages, Split
 from limbeck.data.folder import read_folder
@@ -241,6 +242,8 @@ def _digits(path: Path | None, size: tuple[int, int] | None, label: str | None) 
 def _sized(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
     if size is None or tuple(pixels.shape[-2:]) == size:
         return pixels
+    wanted = 4 * pixels[:, :, 0, 0].numel() * math.prod(size)
+    memory.check(f"{len(pixels):,} images of {size[0]:,} x {size[1]:,} pixels", wanted)
     resized = torch.nn.functional.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
     return resized.round().clamp(0, 255).to(torch.uint8)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from limbeck import memory
 from limbeck.catalogue import systems
 from limbeck.errors import UserError, did_you_mean
 
@@ -43,6 +44,9 @@ NAMES: dict[str, str] = {
 """Name -> one line about it. Each can be made as it stands; patterns are named in the line."""
 
 
+DEEPEST, WIDEST = 2000, 10**5
+
+
 def names() -> dict[str, str]:
     """All networks: :data:`NAMES` and those that the systems bring, which begin with their slug."""
     brought = (system.networks for system in systems().values())
@@ -65,10 +69,15 @@ def make(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Mo
         >>> make("resnet8", 10, 3, (32, 32)).stages
         ('stage1', 'stage2', 'stage3')
     """
+    import torch
+
     for owner in systems().values():
         if owner.networks and f"{name}-".startswith(f"{owner.slug}-"):
             return owner.network(name, classes, channels, size)
     least, maker = _maker(name, classes, channels, size)
+    with torch.device("meta"):
+        counted = sum(parameter.numel() for parameter in maker().parameters())
+    memory.check(f"the network {name}", 4 * counted)
     if min(size) < least:
         raise UserError(
             f"{name} needs images of at least {least} x {least} pixels, not {size[0]} x {size[1]}"
@@ -117,8 +126,10 @@ def _patterned(
 ) -> tuple[int, Callable[[], nn.Module]]:
     if 0 in numbers:
         raise UserError(f"{name}: a width of 0 leaves nothing; {did_you_mean(name, NAMES)}")
+    if max(numbers) > WIDEST:
+        raise UserError(f"{name}: no network has a layer of more than {WIDEST:,} units")
     if family == "wrn":
-        if len(numbers) != 2 or numbers[0] < 10 or numbers[0] % 6 != 4:
+        if len(numbers) != 2 or not 10 <= numbers[0] < DEEPEST or numbers[0] % 6 != 4:
             raise UserError(
                 f"{name}: a wide ResNet is wrn-DEPTH-WIDTH with a depth of 10, 16, 22, 28, 34, 40 "
                 f"and so on in sixes; {did_you_mean(name, NAMES)}"

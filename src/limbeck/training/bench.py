@@ -24,6 +24,8 @@ from limbeck.training.progress import Voice
 from limbeck.training.task import Batch, Batches, Task, Terms, moved
 from limbeck.training.teacher import Teacher
 
+_NO_TEACHER = "{} needs a teacher; name one with --teacher"
+
 TAKEN = ("teacher", "baseline", "student", "result", "findings", "environment", "predictions")
 """What further networks cannot be called, as files of a run have these names."""
 
@@ -186,7 +188,7 @@ class Bench:
     def distiller(self, student: Network, method: Method, seed: int = 0) -> Distiller:
         """Student, teacher and a copy of the method, its adapters shaped by a first batch."""
         if self.teacher is None:
-            raise UserError(f"{type(method).__name__} needs a teacher; name one with --teacher")
+            raise UserError(_NO_TEACHER.format(type(method).__name__))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             own = copy.deepcopy(method)
@@ -206,6 +208,8 @@ class Bench:
             if self.rival is not None:
                 rival = self.laid_out(self.rival.make(self.seeds[0]))
                 self.task.loss(self.task.run(rival, labelled), labelled)
+            if not self.candidates and method.takes_teacher:
+                raise UserError(_NO_TEACHER.format(type(method).__name__))
             if not self.candidates:
                 self.task.loss(self.task.run(student, labelled), labelled)
                 return
@@ -220,7 +224,12 @@ class Bench:
                     f"{student.name} learns by no gradient, which {type(method).__name__} needs; "
                     "name a network as the student"
                 )
-            rehearsed.to(self.device)(sample)
+            for name, value in rehearsed.to(self.device)(sample).items():
+                if not value.isfinite().all():
+                    raise UserError(
+                        f"the loss term {name!r} is NaN or infinite on the first batch; a "
+                        f"hyper-parameter of {type(method).__name__} is too large or too small"
+                    )
             if self.cache is not None:
                 self._rehearse_cache(self.cache, teacher, sample)
 

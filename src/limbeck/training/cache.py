@@ -109,11 +109,21 @@ class Cache:
         """Find out before anything is trained whether there is room for answers like these.
 
         Raises:
-            UserError: they need more space than there is.
+            UserError: they need more space than there is, or the folder cannot be made.
         """
         codecs = [self._codecs(answer, distributions) for answer in answers]
         stores = [_Store(self.folder, each, view.rows) for each in codecs]
         self._room(sum(store.bytes for store in stores) * view.of)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.folder, os.W_OK)
+        except (OSError, ValueError):
+            writable = False
+        if not writable:
+            raise UserError(
+                f"the teacher's answers cannot be kept in {self.folder}, where nothing can be "
+                "written; name another folder (engine.cache_folder)"
+            )
 
     def _codecs(self, answer: Answer, distributions: tuple[str, ...]) -> dict[str, _Codec]:
         wide = {f"outputs/{name}" for name in distributions}
