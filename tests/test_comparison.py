@@ -149,7 +149,7 @@ def test_no_more_processes_are_begun_than_memory_holds(tmp_path, monkeypatch):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "recipe.yaml").write_text("{}")
     (tmp_path / "plain" / "result.json").write_text('{"memory": 1000}')
-    monkeypatch.setattr(comparison, "_available_memory", lambda: 6100)
+    monkeypatch.setattr(comparison.memory, "available", lambda: 6100)
     laid = comparison.Plan({}, jobs=8)
     assert comparison._affordable(laid, tmp_path, voice) == 3
     assert heard == ["memory allows 3 processes at once, not 8"]

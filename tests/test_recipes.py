@@ -91,6 +91,10 @@ def test_a_recipe_survives_being_written_and_read():
         ({"data": {"transfer": {"onli": [1]}}}, "'data.transfer.onli'; did you mean only"),
         ({"data": {"transfer": {"fraction": 0}}}, "data.transfer.fraction=0"),
         ({"data": {"size": [0, 8]}}, r"data.size.0=0"),
+        (
+            {"student": {"training": {"nesterov": True, "momentum": 0}}},
+            "nesterov=True: .*momentum",
+        ),
         ({"student": {"trainin": {}}}, "'student.trainin'; did you mean training"),
         ({"student": {"training": {"epoch": 1}}}, "'student.training.epoch'; did you mean epochs"),
         ({"student": {"training": {"epochs": "many"}}}, "student.training.epochs='many'"),

@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from limbeck import memory
+from limbeck import memory, plain
 from limbeck.catalogue import method_class, owner, short_name
 from limbeck.errors import UserError
 from limbeck.foreign import is_foreign
@@ -201,8 +199,7 @@ def begin(laid: Plan, out: Path, voice: Voice | None = None) -> Leaderboard:
     for entry in laid.systems:
         rehearse(validate(laid.recipes[entry]), _own_teachers(laid, entry))
     content = {"recipes": dict(laid.recipes), "trials": laid.trials, "jobs": laid.jobs}
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomically(out / COMPARISON, text.encode())
+    write_atomically(out / COMPARISON, plain.written(content).encode())
     return go_on(out, voice)
 
 
@@ -271,8 +268,7 @@ def _run(folder: Path, laid: Plan, name: str) -> _Task:
     if laid.jobs > 1 and values["engine"].get("threads") is None:
         threads = max(1, (os.cpu_count() or 1) // laid.jobs)
         values["engine"] = {**values["engine"], "threads": threads}
-    text = yaml.safe_dump(_resolved(values), sort_keys=False, allow_unicode=True)
-    write_atomically(recipe, text.encode())
+    write_atomically(recipe, plain.written(_resolved(values)).encode())
     return _Task(name, path / RESULT, ("limbeck", "run", str(recipe), "--out", str(path)))
 
 

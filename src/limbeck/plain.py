@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def parse(text: str) -> Any:
         raise ValueError(str(error).partition("\n")[0]) from None
     except Exception:  # A wrong tag can fail in any way.
         raise ValueError("a value does not fit its tag") from None
+
+
+def written(values: Mapping[str, Any]) -> str:
+    r"""Plain values as a YAML text that :func:`parse` reads back.
+
+    >>> parse(written({"name": "caf\u00e9 \x85"})) == {"name": "caf\u00e9 \x85"}
+    True
+    """
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    # PyYAML would write this line break as it stands and read it as a space.
+    return yaml.safe_dump(dict(values), sort_keys=False) if "\x85" in text else text
 
 
 def path(text: str) -> Path:

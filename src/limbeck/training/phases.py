@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import nn
 
 from limbeck.training.task import Batch, Batches, Terms
@@ -49,6 +49,13 @@ class Training(BaseModel):
     accumulate: int = Field(
         default=1, ge=1, le=10**6, description="slices that a batch is worked off in"
     )
+
+    @field_validator("nesterov")
+    @classmethod
+    def _moved(cls, nesterov: bool, found: ValidationInfo) -> bool:
+        if nesterov and not found.data.get("momentum", True):
+            raise ValueError("Nesterov's step needs a momentum above 0")
+        return nesterov
 
     def factor(self, epoch: float) -> float:
         """What the learning rate is multiplied by at a fractional epoch.

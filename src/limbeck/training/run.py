@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from limbeck import plain
 from limbeck.errors import UserError
 from limbeck.training.checkpoint import Checkpoints, read_state, write_atomically, write_state
@@ -45,8 +43,7 @@ class Run:
             UserError: the folder exists and is not empty, or cannot be written.
         """
         cls.check_free(path)
-        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-        write_atomically(path / RECIPE, text.encode())
+        write_atomically(path / RECIPE, plain.written(recipe).encode())
         write_atomically(path / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
         return cls(path)
 
