@@ -1,4 +1,6 @@
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -259,6 +261,10 @@ def test_a_file_that_is_no_recipe_is_one_sentence_and_runs_nothing(
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{path} cannot be read: it is a device or a pipe"):
+            recipes.read(path)
     for path, reason in ((tmp_path / "no.yaml", "no such file"), (tmp_path, "is a directory")):
         with pytest.raises(UserError, match=f"{path} cannot be read: {reason}"):
             recipes.read(path)

@@ -57,14 +57,19 @@ def path(text: str) -> Path:
     """A path as a user writes it: ``~`` is a home.
 
     Raises:
-        UserError: it can be none.
+        UserError: it can be none, or what lies there is no file and no folder: reading may not end.
     """
     if "\0" in text:
         raise UserError(f"{text!r} does not exist: no path holds a zero byte")
     try:
-        return Path(text).expanduser()
+        found = Path(text).expanduser()
+        if found.exists() and not (found.is_file() or found.is_dir()):
+            raise UserError(f"{text} cannot be read: it is a device or a pipe and no file")
     except RuntimeError:
         raise UserError(f"{text} begins with the home of a user who is not known here") from None
+    except OSError as error:
+        raise UserError(f"{text} cannot be read: {(error.strerror or 'error').lower()}") from None
+    return found
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -263,9 +262,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: the file is missing or no YAML mapping.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise UserError(f"{path} cannot be read: it is no file but a device or a pipe")
-        with path.open(encoding="utf-8") as file:
+        with plain.path(str(path)).open(encoding="utf-8") as file:
             content = plain.parse(file.read(plain.MOST_CHARACTERS + 1))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {(error.strerror or 'error').lower()}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from limbeck import plain
 from limbeck.data.augment import uniforms
 from limbeck.errors import UserError, did_you_mean
 
@@ -236,9 +237,9 @@ def _parse(source: str) -> tuple[str, Path]:
         if (kind == "numbers") == bool(colon and rest):
             wanted = "takes no path" if kind == "numbers" else f"wants a path, as in {kind}:PATH"
             raise UserError(f"{kind} {wanted}")
-        path = Path(rest)
+        path = plain.path(rest)
     else:
-        kind, path = "", Path(source)
+        kind, path = "", plain.path(source)
     if kind == "numbers":
         return kind, path
     if not path.exists():

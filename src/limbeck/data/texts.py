@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from limbeck import plain
 from limbeck.data import grammar
 from limbeck.data.data import Samples
 from limbeck.data.splits import split_off_test, split_off_validation
@@ -192,8 +193,8 @@ def _parse(source: str) -> tuple[str, Path]:
     if kind in KINDS and (colon or kind == "grammar"):
         if not rest and kind != "grammar":
             raise UserError(f"{source} names no place; say where the texts lie, as in {kind}:PATH")
-        return kind, Path(rest)
-    path = Path(source)
+        return kind, plain.path(rest)
+    path = plain.path(source)
     if path.is_dir():
         return "folder", path
     if path.is_file():
