@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,3 +254,35 @@ def test_a_wheel_runs_without_the_checkout(tmp_path):
     assert ran.stdout.splitlines()[0].startswith(str(target))
     assert (tmp_path / "run" / "report.html").is_file()
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["system"] == "kd"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--set", "data.augment.crop=1000000"], "data.augment.crop=1000000: .* 1024"),
+        (["--set", "data.augment.rand_ops=1000000"], "data.augment.rand_ops=1000000: .* 100"),
+        (["--set", "data.size=[65536, 65536]"], "1,797 images of 65,536 x 65,536 pixels .* memory"),
+        (["--student", "mlp" + "-99999" * 40], "the network mlp-.* would take .* GB of memory"),
+        (["--student", "mlp-1000000"], "mlp-1000000: no network has a layer of more than 100,000"),
+        (["--student", "wrn-99994-1"], "wrn-99994-1: a wide ResNet is wrn-DEPTH-WIDTH"),
+        (["--set", "teachers=[]"], "KD needs a teacher; name one with --teacher"),
+        (["--set", "method.temperature=1e-300"], "the loss term 'kd' is NaN or infinite"),
+        (["--set", "method.temperature=1e+300"], r"KD\(temperature=1e\+300\): so large a number"),
+        (["--set", "student.training.lr=1e300"], r"student.training.lr=1e\+300: so large"),
+        (
+            ["--cache-teacher", "--set", "engine.cache_folder=/dev/null/x"],
+            "cannot be kept in /dev/null/x, where nothing can be written",
+        ),
+        (["--data", "cifar10:/dev/zero"], "/dev/zero cannot be read: it is a device or a pipe"),
+        (["--out", "x" * 300], "x\\.\\.\\.x+: file name too long"),
+        (["--data", "a\nb\x1b[31m"], r"no data source 'a\\nb\\x1b\[31m'"),
+    ],
+)
+def test_what_can_only_fail_is_one_sentence_before_there_is_a_run(
+    command, tmp_path, monkeypatch, words, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, said = command(*SMOKE, "--out", "run", *words)
+    assert status == 2
+    assert re.fullmatch(f"limbeck: [^\n]*{sentence}[^\n]*\n", said), said
+    assert not Path("run").exists()

@@ -88,7 +88,7 @@ NUMBERS = st.one_of(
     st.floats(),
     st.booleans(),
 )
-LIKELY = [0, 1, 2, 7, 100, 1000, 2**16, 10**6, 2**31 - 1, 10**12, 0.5, 0.99, 1e-9, 1e9]
+LIKELY = [0, 1, 2, 7, 100, 1000, 2**16, 10**6, 2**31 - 1, 10**12, 0.5, 0.99, 1e-9, "1e300"]
 SCALARS = st.none() | NUMBERS | TEXTS
 VALUES = st.recursive(
     SCALARS,

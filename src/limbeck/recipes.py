@@ -18,7 +18,7 @@ from limbeck.tasks import DOMAINS, domain
 from limbeck.training.domain import Domain, Part, Words
 from limbeck.training.engine import Engine
 from limbeck.training.method import Method, Sum, Supervised
-from limbeck.training.parameters import Fault, fault
+from limbeck.training.parameters import MOST, TOO_LARGE, Fault, fault
 from limbeck.training.phases import Training
 
 Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -273,8 +273,8 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-DEEPEST, MOST = 20, 2**63
-"""No recipe is nested deeper, and no number in one is so large."""
+DEEPEST = 20
+"""No recipe is nested deeper."""
 
 
 def validate(values: Mapping[str, Any]) -> Recipe:
@@ -291,6 +291,7 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         recipe = kind.model_validate(values)
     except ValidationError as error:
         raise UserError(_sentence(fault(error, values), kind)) from None
+    _check_extent(recipe.model_dump())  # again, as numbers may have been text
     recipe.method()
     return recipe
 
@@ -305,7 +306,7 @@ def _check_extent(values: Mapping[str, Any]) -> None:
         if depth > DEEPEST or seen > plain.MOST_VALUES:
             raise UserError(f"recipe key {where}: values are nested too deeply, or too many")
         if isinstance(value, int | float) and abs(value) >= MOST:
-            raise UserError(f"recipe key {where}={shown(value)}: so large a number means nothing")
+            raise UserError(f"recipe key {where}={shown(value)}: {TOO_LARGE}")
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 path = f"{where}.{key}".removeprefix(".")

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from limbeck.errors import UserError, did_you_mean, shown
 
+MOST, TOO_LARGE = 2.0**63, "so large a number means nothing"
+
 
 def schema(kind: type) -> type[BaseModel]:
     """A class's constructor as a pydantic model: names, types, ranges and defaults."""
@@ -42,6 +44,10 @@ def checked(name: str, init: Callable[..., None]) -> Callable[..., None]:
         except ValidationError as error:
             wrong = fault(error, given)
             raise UserError(f"{name}({wrong.where}={shown(wrong.value)}): {wrong.reason}") from None
+        for argument in given:
+            value = getattr(values, argument)
+            if isinstance(value, int | float) and abs(value) >= MOST:
+                raise UserError(f"{name}({argument}={shown(value)}): {TOO_LARGE}")
         init(self, **{argument: getattr(values, argument) for argument in given})
 
     return construct
