@@ -38,48 +38,15 @@ INTERNAL = re.compile(r"pydantic|object at 0x|<class|Traceback|ModelPart|Words\b
 # What is written.
 
 TRICKS = [
-    *(
-        "",
-        " ",
-        ".",
-        "..",
-        "~",
-        "canary.py",
-        "~nobody/x",
-        "../../etc/passwd",
-        "/etc/passwd",
-        "/dev/zero",
-        "a\0b",
-    ),
-    *(
-        "a\nb",
-        "\x1b[31m",
-        "\u202e",
-        "\ud800",
-        "é" * 300,
-        "x" * 5000,
-        "%s",
-        "{}",
-        "{0}",
-        "-1",
-        "nan",
-    ),
-    *(
-        "digits",
-        "digits:x",
-        "folder:",
-        "folder:.",
-        "hf:",
-        "mnist",
-        "cifar10:/",
-        "parquet:\0",
-        "a:b",
-    ),
-    *("mlp-8", "mlp-0", "mlp-", "mlp-²", "mlp--1", "mlp-99999999999999999999", "cnn-4", "wrn-10-1"),
-    *("wrn-999999994-1", "wrn-10-99999999", "mlp-8@", "mlp-8@pretrained", "mlp-8@x.pt", "run:"),
-    *("file:/etc/passwd", "file:\0", "timm:", "torchvision:x", "hf:.", "vgg8", "resnet8"),
-    *("kd", "kd+nst", "kd:", "kd:x", ":", "+", "canary.py:Canary", "canary.py:", ".py:x", "fp16"),
-    *("top-0", "top-9999999999999999999", "tensorboard", "cosine", "classification", "text"),
+    *("", " ", ".", "..", "~", "canary.py", "~nobody/x", "../../etc/passwd", "/etc/passwd"),
+    *("/dev/zero", "a\0b", "a\nb", "\x1b[31m", "\u202e", "\ud800", "é" * 300, "x" * 5000, "%s"),
+    *("{}", "{0}", "-1", "nan", "digits", "digits:x", "folder:", "folder:.", "hf:", "mnist"),
+    *("cifar10:.", "parquet:\0", "a:b", "mlp-8", "mlp-0", "mlp-", "mlp-²", "mlp--1"),
+    *("mlp-99999999999999999999", "cnn-4", "wrn-10-1", "wrn-999999994-1", "wrn-10-99999999"),
+    *("mlp-8@", "mlp-8@pretrained", "mlp-8@x.pt", "run:", "file:/etc/passwd", "file:\0", "timm:"),
+    *("torchvision:x", "hf:.", "vgg8", "resnet8", "kd", "kd+nst", "kd:", "kd:x", ":", "+"),
+    *("canary.py:Canary", "canary.py:", ".py:x", "fp16", "top-0", "top-9999999999999999999"),
+    *("tensorboard", "cosine", "classification", "text"),
 ]
 TEXTS = st.sampled_from(TRICKS) | st.text(max_size=12)
 NUMBERS = st.one_of(
@@ -386,14 +353,14 @@ def commands(draw: st.DrawFn) -> list[str]:
 
 KINDS = [
     *("", "", "folder:", "parquet:", "cifar10:", "mnist:", "hf:", "voc:", "coco:", "masks:"),
-    *("tusimple:", "csv:", "tsv:", "glue:", "json:", "text:", "CartPole-v1", "gym:", "canary.py:"),
+    *("tusimple:", "csv:", "tsv:", "glue:", "json:", "text:", "CartPole-v1", "gym:"),
+    *("canary.py:",),
 ]
 MODELS = st.builds(
     lambda kind, parts, mark, weights: kind + mark.join(parts) + weights,
     st.sampled_from(["", "", "", "hf:", "timm:", "torchvision:", "run:", "file:", ":", "x:"]),
     st.lists(
-        st.sampled_from([*zoo.names(), *["wrn", "mlp", "cnn", "drop", "0", "1", "10", "64", "4.5"]])
-        | TEXTS,
+        st.sampled_from([*zoo.names(), "wrn", "mlp", "cnn", "drop", *"0123456789"]) | TEXTS,
         min_size=1,
         max_size=3,
     ),
@@ -408,6 +375,7 @@ METHODS = st.lists(
 
 
 def smoke(slug: str) -> dict[str, Any]:
+    """The smoke preset of a system, resolved."""
     return next(p for p in presets() if (p["system"], p["preset"]) == (slug, "smoke"))
 
 
@@ -449,7 +417,7 @@ PROPERTIES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Any], int, i
     ),
     "a command": (commands(), call, 30, 500),
 }
-"""What is tried by the name of what is written: cases, what must hold, how many of them."""
+"""By the name of what is written: the cases, what must hold, how many of them in each suite."""
 
 
 def fuzz(name: str, cases: int, **how: Any) -> None:
@@ -486,12 +454,13 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(distillation, "_carry_out", about_to_train)
     monkeypatch.setattr(comparison, "go_on", lambda *_: None)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, before[1]))
+    if (statm := Path("/proc/self/statm")).exists():
+        held = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
     torch.set_num_threads(threads)
-    assert not list(tmp_path.rglob("sung")), "foreign code was run"
+    assert not [*tmp_path.rglob("sung"), *tmp_path.rglob("canary")], "foreign code was run"
 
 
 @pytest.mark.parametrize("name", [name for name, how in PROPERTIES.items() if how[2]])
