@@ -382,14 +382,14 @@ def smoke(slug: str) -> dict[str, Any]:
 KD = st.builds(smoke, st.just("kd"))
 ANY = st.builds(smoke, st.sampled_from(list(systems())))
 PROPERTIES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], Any], int, int]] = {
-    "a recipe file": (FILES, read, 100, 6000),
+    "a recipe file": (FILES, read, 60, 6000),
     "values of any type": (
         st.dictionaries(TEXTS | st.sampled_from(list(recipes.Recipe.model_fields)), VALUES),
         check,
         40,
         1000,
     ),
-    "a changed preset": (mutated(PRESETS, anything), check, 150, 8000),
+    "a changed preset": (mutated(PRESETS, anything), check, 100, 8000),
     "words for a preset": (st.tuples(PRESETS, WORDS), assign, 100, 4000),
     "a start of kd": (mutated(KD, anything) | mutated(KD, plausible), begin, 40, 2000),
     "a start of any system": (mutated(ANY, plausible), begin, 0, 600),
