@@ -288,7 +288,10 @@ def _domain_of(model: str) -> type[Domain]:
     """The domain that a stored model was made for; images with a class each unless it says."""
     stored = model.partition(":")[0] in ("run", "file") or exists(model)
     facts = described(_stored(model)) if stored else {}
-    return domain(facts.get("task", Classification.name))
+    try:
+        return domain(facts.get("task", Classification.name))
+    except UserError as error:
+        raise UserError(f"{model} was made for another task than there are: {error}") from None
 
 
 def _stored(model: str) -> Path:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from limbeck.models import Input, Network, build, load, save
 COLOUR = Input(3, (32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 SMALL = Input(1, (8, 8), (0.3,), (0.4,))
 CLASSES = ("ant", "bee", "cat")
+FED = {"channels": 1, "size": [8, 8], "mean": [0.3], "std": [0.4]}
 
 
 @pytest.fixture
@@ -166,6 +172,21 @@ def test_weights_that_are_not_the_described_ones_are_refused(stored: Path) -> No
         ({"classes": [1, 2]}, "does not name a model and its classes"),
         ({"input": None}, "does not say what the model is fed"),
         ({"input": {"channels": 1}}, "does not say what the model is fed"),
+        ({"input": "images"}, "does not say what the model is fed"),
+        ({"input": {"kind": "os:system"}}, "does not say what the model is fed"),
+        ({"input": FED | {"channels": 1e400}}, "does not say what the model is fed"),
+        ({"input": FED | {"size": "88"}}, "does not say what the model is fed"),
+        ({"input": FED | {"size": [8.5, 8]}}, "does not say what the model is fed"),
+        ({"input": FED | {"size": [10**6, 10**6]}}, "does not say what the model is fed"),
+        ({"input": FED | {"mean": [math.nan]}}, "does not say what the model is fed"),
+        ({"input": FED | {"std": [0.0]}}, "does not say what the model is fed"),
+        ({"input": {"kind": "tables", "columns": [{"name": 3}]}}, "does not say what the model is"),
+        ({"input": {"kind": "text", "tokenizer": "{}", "length": 8}}, "does not say what the mod"),
+        ({"task": ["classification"]}, "does not name a model"),
+        (
+            {"model": "hf:vit", "config": {"model_type": "vit"}},
+            "safetensors does not fit the model",
+        ),
     ],
 )
 def test_a_forged_description_is_refused(
@@ -177,8 +198,34 @@ def test_a_forged_description_is_refused(
 
 
 @pytest.mark.parametrize(
+    "facts",
+    [
+        {"model": "mlp-20000-20000"},
+        {"model": "mlp" + "-1" * 9000},
+        {"model": "wrn-100000-1"},
+        {"model": "timm:vit_gigantic_patch14_clip_224"},
+        {"model": "hf:vit", "config": {"model_type": "vit", "num_hidden_layers": 10**9}},
+        {"classes": [str(number) for number in range(10**6)]},
+    ],
+    ids=["wide", "deep", "a family", "a library", "a configuration", "classes"],
+)
+def test_a_description_cannot_announce_a_model_that_fills_the_memory(
+    facts: dict[str, Any], stored: Path
+) -> None:
+    rewrite(stored, **facts)
+    with pytest.raises(UserError, match="safetensors does not fit the model, which is many times"):
+        load(stored)
+
+
+@pytest.mark.parametrize(
     ("content", "sentence"),
-    [("{", "it is not JSON"), ("[]", "does not name"), ("\xff", "it is not JSON")],
+    [
+        ("{", "it is not JSON"),
+        ("[]", "does not name"),
+        ("\xff", "it is not JSON"),
+        ("[" * 100_000, "it is not JSON"),
+    ],
+    ids=["cut", "a list", "no text", "deep"],
 )
 def test_a_damaged_description_is_refused(content: str, sentence: str, stored: Path) -> None:
     stored.with_suffix(".json").write_bytes(content.encode("latin-1"))
@@ -205,14 +252,154 @@ class Malicious:
         return (os.mkdir, (str(self.canary),))
 
 
-def test_a_file_that_wants_to_run_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+def saved(content: Any, file: Path) -> None:
+    torch.save(content, file)
+
+
+def saved_as_of_old(content: Any, file: Path) -> None:
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+
+
+def pickled(content: Any, file: Path) -> None:
+    file.write_bytes(pickle.dumps(content))
+
+
+def planted(content: Any, file: Path) -> None:
+    """Put in the place of what ``torch.save`` wrote about whole tensors."""
+    torch.save({"fc.bias": torch.zeros(3)}, file)
+    with zipfile.ZipFile(file) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(file, "w") as altered:
+        for name, part in parts.items():
+            altered.writestr(name, pickle.dumps(content) if name.endswith("data.pkl") else part)
+
+
+@pytest.mark.parametrize("write", [saved, saved_as_of_old, pickled, planted])
+def test_a_file_that_wants_to_run_code_is_refused_and_nothing_runs(
+    write: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
     file, canary = tmp_path / "evil.pt", tmp_path / "canary"
-    torch.save({"fc.weight": Malicious(canary)}, file)
+    write({"fc.weight": Malicious(canary)}, file)
     with pytest.raises(UserError, match=r"evil.pt is refused: .* run code"):
         build(f"cnn-4-8@{file}", CLASSES, SMALL)
     assert not canary.exists()
-    torch.load(file, weights_only=False)
+    pickle.load(file.open("rb")) if write is pickled else torch.load(file, weights_only=False)
     assert canary.exists(), "the trap would have sprung"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_modules_and_programs_are_refused_without_advice_to_run_them(
+    network: Network, tmp_path: Path
+) -> None:
+    module, program = tmp_path / "module.pt", tmp_path / "program.pt"
+    torch.save(network.model, module)
+    torch.jit.trace(network.model, torch.zeros(1, 1, 8, 8)).save(program)
+    for file in (module, program):
+        with pytest.raises(UserError, match=rf"{file.name} is (refused|damaged)") as refusal:
+            build(f"cnn-4-8@{file}", CLASSES, SMALL)
+        assert "weights_only" not in str(refusal.value)
+
+
+def test_an_archive_that_swells_is_refused_before_it_does(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(UserError, match=r"w.pt is damaged .* its parts are compressed"):
+        build(f"cnn-4-8@{tmp_path / 'w.pt'}", CLASSES, SMALL)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "student.json"])
+@pytest.mark.parametrize("place", ["folder", "pipe", "device", "loop", "nothing"])
+def test_what_is_no_file_is_refused_and_not_waited_for(place: str, name: str, stored: Path) -> None:
+    file = stored.parent / name
+    file.unlink()
+    if place == "folder":
+        file.mkdir()
+    elif place == "pipe":
+        os.mkfifo(file)
+    elif place != "nothing":
+        file.symlink_to("/dev/zero" if place == "device" else file)
+    with pytest.raises(UserError, match=rf"{name} cannot be read: "):
+        load(stored)
+
+
+def header(facts: Any, length: int | None = None) -> bytes:
+    text = json.dumps(facts).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+BIAS = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header({"fc.bias": BIAS}, 2**40),
+        header({"fc.bias": BIAS}, 5),
+        header([BIAS]),
+        header({"fc.bias": BIAS | {"dtype": "Q9"}}),
+        header({"fc.bias": BIAS | {"shape": [2**40, 2**40]}}),
+        header({"fc.bias": BIAS | {"data_offsets": [4, 16]}}),
+        header({"fc.bias": BIAS | {"data_offsets": [-12, 0]}}),
+        header({"fc.bias": BIAS, "fc.weight": BIAS}),
+        header({"fc.bias": BIAS}) + b"more",
+    ],
+    ids=["long", "short", "list", "type", "shape", "outside", "before", "overlap", "surplus"],
+)
+def test_a_header_that_lies_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content + bytes(12))
+    with pytest.raises(UserError, match=r"w.safetensors is damaged or not a weights file"):
+        build(f"cnn-4-8@{tmp_path / 'w.safetensors'}", CLASSES, SMALL)
+
+
+@pytest.mark.parametrize(
+    "type", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_of_another_kind_are_refused(
+    suffix: str, type: torch.dtype, network: Network, tmp_path: Path
+) -> None:
+    file = tmp_path / f"w{suffix}"
+    state = network.model.state_dict()
+    state["fc.bias"] = state["fc.bias"].to(type)
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    name = str(type).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"w{suffix} .*: of another kind fc.bias {name} instead"):
+        build(f"cnn-4-8@{file}", CLASSES, SMALL)
+
+
+@pytest.mark.parametrize("type", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_weights_of_another_length_are_taken(
+    type: torch.dtype, network: Network, tmp_path: Path
+) -> None:
+    state = network.model.state_dict()
+    save_file({name: tensor.to(type) for name, tensor in state.items()}, tmp_path / "w.safetensors")
+    again = build(f"cnn-4-8@{tmp_path / 'w.safetensors'}", CLASSES, SMALL).model.state_dict()
+    assert all(torch.equal(again[name], state[name].to(type).float()) for name in state)
+
+
+def test_weights_too_large_for_the_model_are_refused(network: Network, tmp_path: Path) -> None:
+    state = network.model.state_dict()
+    state["fc.bias"] = torch.full((3,), 1e300, dtype=torch.float64)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"w.safetensors holds NaN or infinity in fc.bias"):
+        build(f"cnn-4-8@{tmp_path / 'w.safetensors'}", CLASSES, SMALL)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(3, 32).to_sparse(),
+        torch.zeros(3, 32, device="meta"),
+        torch.quantize_per_tensor(torch.zeros(3, 32), 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "meta", "quantised"],
+)
+def test_tensors_that_are_not_plain_are_refused(
+    odd: torch.Tensor, network: Network, tmp_path: Path
+) -> None:
+    torch.save(network.model.state_dict() | {"fc.weight": odd}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w.pt holds fc.weight as sparse, quantised or empty"):
+        build(f"cnn-4-8@{tmp_path / 'w.pt'}", CLASSES, SMALL)
 
 
 def test_weights_that_do_not_fit_are_named_three_of_each_kind(

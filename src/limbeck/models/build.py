@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.errors import UserError
+from limbeck.files import regular
 from limbeck.models.spec import LIBRARIES, PRETRAINED, STORED, Spec, weights_given
 
 if TYPE_CHECKING:
@@ -127,16 +128,23 @@ def described(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
-    return _facts(_files(stem)[1])
+    return _facts(_files(_stem(path))[1])
+
+
+def fed(path: Path) -> Intake:
+    """What a network is fed that :func:`save` wrote, by its path.
+
+    Raises:
+        UserError: the file beside the weights is missing or damaged, or does not say it.
+    """
+    return _fed(described(path), _files(_stem(path))[1])
 
 
 def _load(path: Path, classes: Sequence[str], other: str) -> Network:
     """As :func:`load`, for data with these classes if any are given, with other weights if any."""
     from limbeck.models import libraries, weights
-    from limbeck.models.input import intake
 
-    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
+    stem = _stem(path)
     file, card = _files(stem)
     facts = _facts(card)
     name, config = facts["model"], facts.get("config")
@@ -149,10 +157,7 @@ def _load(path: Path, classes: Sequence[str], other: str) -> Network:
     library, name = (before, behind) if colon else ("", name)
     if library not in ("", *LIBRARIES) or (library == "hf") != isinstance(config, dict):
         raise UserError(f"{card} describes no model that Limbeck can build: {facts['model']!r}")
-    try:
-        input = intake(facts["input"])
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        raise UserError(f"{card} does not say what the model is fed") from None
+    input = _fed(facts, card)
     known = tuple(facts["classes"])
     _agree(known, classes, stem)
     source = Path(other) if other else file
@@ -165,28 +170,42 @@ def _load(path: Path, classes: Sequence[str], other: str) -> Network:
     return network
 
 
+def _stem(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
+
+
 def _files(stem: Path) -> tuple[Path, Path]:
     return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
 
 
 def _facts(card: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(card.read_text(encoding="utf-8"))
+        facts = json.loads(regular(card).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{card} cannot be read: {(error.strerror or 'error').lower()}; a stored network is a "
             ".safetensors file with a .json file of the same name beside it"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{card} is damaged: it is not JSON") from None
     if (
         not isinstance(facts, dict)
         or not isinstance(facts.get("model"), str)
         or not isinstance(facts.get("classes"), list)
         or not all(isinstance(name, str) for name in facts["classes"])
+        or not isinstance(facts.get("task", ""), str)
     ):
         raise UserError(f"{card} does not name a model and its classes")
     return facts
+
+
+def _fed(facts: dict[str, Any], card: Path) -> Intake:
+    from limbeck.models.input import intake
+
+    try:
+        return intake(facts["input"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{card} does not say what the model is fed") from None
 
 
 def _agree(known: Sequence[str], wanted: Sequence[str], stem: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, FiniteFloat, TypeAdapter
 from torch import Tensor
 
 from limbeck.errors import UserError
@@ -28,6 +30,10 @@ KINDS = {
     "tables": "limbeck.models.table:TableInput",
 }
 """Kinds of intake, as a stored network names them, and the class of each."""
+
+
+Count = Annotated[int, Field(ge=1, le=2**13)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Intake(ABC):
@@ -59,8 +65,12 @@ class Intake(ABC):
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Self:
-        """The inverse of ``dataclasses.asdict`` after a round through JSON."""
-        return cls(**facts)
+        """The inverse of ``dataclasses.asdict``, also after a round through JSON.
+
+        Raises:
+            ValueError: a field is missing, of another type, or out of range.
+        """
+        return TypeAdapter(cls).validate_json(json.dumps(facts), strict=True)
 
 
 def intake(facts: dict[str, Any]) -> Intake:
@@ -85,10 +95,10 @@ class Input(Intake):
     white is 1.
     """
 
-    channels: int
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    channels: Count
+    size: tuple[Count, Count]
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[Deviation, ...]
 
     kind = "images"
 
@@ -129,15 +139,6 @@ class Input(Intake):
 
     def check(self, output: Any, classes: int) -> None:
         check_logits(output, classes)
-
-    @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Self:
-        return cls(
-            channels=int(facts["channels"]),
-            size=(int(facts["size"][0]), int(facts["size"][1])),
-            mean=tuple(float(x) for x in facts["mean"]),
-            std=tuple(float(x) for x in facts["std"]),
-        )
 
 
 def check_logits(output: Any, classes: int) -> None:

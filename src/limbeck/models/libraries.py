@@ -7,7 +7,7 @@ model's own where only that may do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,11 @@ def network(
         )
     offer = offers[order.library](order)
     errors: list[Exception] = []
+    held = None if state is None else sum(tensor.nbytes for tensor in state.values())
     for way in offer.ways:
         # What a library raises is its own affair; the first way's error is told in one sentence.
         try:
-            with nullcontext() if seed is None else _seeded(seed):
+            with nullcontext() if seed is None else _seeded(seed), _bounded(held, origin):
                 model = way.make()
             if state is not None:
                 weights.fit(model, state, origin)
@@ -128,6 +129,10 @@ def _refusal(order: Order, offer: Offer, error: Exception) -> str:
     if native is None or native == getattr(wanted, "size", native):
         return sentence
     return f"{sentence}; it is made for {native[0]} x {native[1]}"
+
+
+def _bounded(held: int | None, origin: str) -> AbstractContextManager[None]:
+    return nullcontext() if held is None else weights.bounded(held, origin)
 
 
 @contextmanager
@@ -275,7 +280,7 @@ def configuration(order: Order) -> Any:
     configs: Any = need("transformers").AutoConfig
     try:
         if order.config is not None:
-            config: Any = configs.for_model(**order.config)
+            config: Any = configs.for_model(**order.config | {"num_labels": len(order.classes)})
         else:
             config = configs.from_pretrained(
                 order.name, trust_remote_code=False, local_files_only=not order.pretrained
@@ -294,16 +299,19 @@ def configuration(order: Order) -> Any:
 
 def with_weights(models: Any, order: Order, config: Any) -> nn.Module:
     """A transformers model with its published weights, but for a head that does not fit."""
-    return answering(
-        models.from_pretrained(
-            order.name,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            local_files_only=not order.pretrained,
+    folder = Path(order.name)
+    held = sum(f.stat().st_size for f in folder.iterdir()) if folder.is_dir() else None
+    with _bounded(held, order.title):
+        return answering(
+            models.from_pretrained(
+                order.name,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                local_files_only=not order.pretrained,
+            )
         )
-    )
 
 
 def answering(model: Any) -> nn.Module:

@@ -7,9 +7,10 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.errors import UserError, did_you_mean
@@ -34,7 +35,7 @@ class Observations(Intake):
         low, high: bounds of each number of an action; empty where actions are one of several.
     """
 
-    size: int
+    size: Annotated[int, Field(ge=1, le=2**24)]
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
 
@@ -56,11 +57,6 @@ class Observations(Intake):
     def check(self, output: Any, classes: int) -> None:
         if not isinstance(output, Tensor) or output.shape != (1, classes):
             raise ValueError(f"it puts out no tensor of shape {(1, classes)}")
-
-    @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Observations:
-        low, high = (tuple(float(x) for x in facts[name]) for name in ("low", "high"))
-        return cls(int(facts["size"]), low, high)
 
 
 class Standardise(nn.Module):

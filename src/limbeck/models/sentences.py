@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limbeck.extras import need
-from limbeck.models.input import Intake
+from limbeck.models.input import Count, Intake
 
 if TYPE_CHECKING:
     from limbeck.models.libraries import Offer, Order
@@ -35,7 +35,7 @@ class Sentences(Intake):
 
     source: str
     target: str
-    longest: int
+    longest: Count
 
     kind = "sentences"
 
@@ -105,7 +105,7 @@ class Sentences(Intake):
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Self:
-        found = cls(str(facts["source"]), str(facts["target"]), int(facts["longest"]))
+        found = super().from_json(facts)
         try:
             _ = found.sizes
         except Exception:  # Foreign JSON can fail in any way.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import FiniteFloat
 from torch import Tensor, nn
 
 from limbeck.errors import UserError, did_you_mean
-from limbeck.models.input import Intake, check_logits
+from limbeck.models.input import Deviation, Intake, check_logits
 
 if TYPE_CHECKING:
     from limbeck.models.libraries import Offer, Order
@@ -32,8 +33,8 @@ class Column:
     """A column of a table: a number with mean and deviation in training, or one of categories."""
 
     name: str
-    mean: float = 0.0
-    std: float = 1.0
+    mean: FiniteFloat = 0.0
+    std: Deviation = 1.0
     categories: tuple[str, ...] = ()
 
     @property
@@ -114,20 +115,6 @@ class TableInput(Intake):
 
     def check(self, output: Any, classes: int) -> None:
         check_logits(output, classes)
-
-    @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Self:
-        return cls(
-            tuple(
-                Column(
-                    str(c["name"]),
-                    float(c["mean"]),
-                    float(c["std"]),
-                    tuple(map(str, c["categories"])),
-                )
-                for c in facts["columns"]
-            )
-        )
 
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         pairs = [(column.mean, column.std) for column in self.columns]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from limbeck.errors import UserError, did_you_mean
 from limbeck.extras import need
 from limbeck.models import weights
-from limbeck.models.build import described
-from limbeck.models.input import Intake
+from limbeck.models.build import fed
+from limbeck.models.input import Count, Intake
 from limbeck.models.libraries import (
     Offer,
     Order,
@@ -69,7 +69,7 @@ class TextInput(Intake):
     """
 
     tokenizer: str
-    length: int
+    length: Count
     padding: str = PADDING
     segments: bool = True
 
@@ -127,13 +127,13 @@ class TextInput(Intake):
             raise ValueError(f"it puts out {shape} instead of {(1, classes)}")
 
     @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> TextInput:
-        return cls(
-            str(facts["tokenizer"]),
-            int(facts["length"]),
-            str(facts["padding"]),
-            bool(facts["segments"]),
-        )
+    def from_json(cls, facts: dict[str, Any]) -> Self:
+        found = super().from_json(facts)
+        try:
+            found._ready()
+        except Exception:  # Foreign JSON can fail in any way.
+            raise ValueError("it holds no tokenizer") from None
+        return found
 
 
 @cache
@@ -229,10 +229,10 @@ def read_tokenizer(source: str, length: int) -> TextInput:
     kind, colon, rest = source.partition(":")
     if colon and kind in ("run", "file"):
         place = Path(rest) / "student" if kind == "run" else Path(rest)
-        facts = described(place).get("input") or {}
-        if facts.get("kind") != TextInput.kind:
+        found = fed(place)
+        if not isinstance(found, TextInput):
             raise UserError(f"{source} is a network that reads no texts; it has no tokenizer")
-        return TextInput.from_json(facts | {"length": length})
+        return replace(found, length=length)
     online = source.endswith(f"@{PRETRAINED}")
     path = Path((rest if kind == "hf" else source).removesuffix(f"@{PRETRAINED}"))
     if path.suffix == ".txt":

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from limbeck.errors import UserError
+from limbeck.files import regular
+
+A_BYTE, BESIDES, A_TENSOR = 8, 2**24, 2**10
+"""How much larger than its weights a model may be made: so many numbers for a byte, as packed ones
+have a bit at least, and so many besides; a tensor, which has its cost, counts as so many more."""
 
 
 class Packs(nn.Module):
@@ -39,20 +49,23 @@ def read(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing or damaged, holds something else, or wants to run code.
     """
     try:
-        content = path.read_bytes()
+        file = regular(path).open("rb")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"the weights {path} cannot be read: {reason}") from None
     try:
-        if path.suffix == ".safetensors":
-            return load(content)
-        state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is refused: it is not a plain state dict and may want to run code when it is "
-            "opened; write it with torch.save(model.state_dict(), ...) or as .safetensors"
-        ) from None
+        with file:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            if is_zipfile(path) and any(part.compress_type for part in ZipFile(path).infolist()):
+                raise ValueError("its parts are compressed, as torch.save writes none")
+            state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # Foreign bytes can fail in any way.
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise UserError(
+                f"{path} is refused: it is not a plain state dict and may want to run code when it "
+                "is opened; write it with torch.save(model.state_dict(), ...) or as .safetensors"
+            ) from None
         raise UserError(f"{path} is damaged or not a weights file: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
@@ -62,7 +75,49 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds {found}, not a plain state dict; write it with "
             "torch.save(model.state_dict(), ...)"
         )
+    odd = [n for n, t in state.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]
+    if odd:
+        raise UserError(
+            f"{path} holds {_few(odd)} as sparse, quantised or empty tensors; plain ones are wanted"
+        )
     return state
+
+
+@contextmanager
+def bounded(held: int, origin: str) -> Iterator[None]:
+    """Stop the making of a model that is out of all proportion to its weights.
+
+    So a few words that lie beside weights cannot fill the memory.
+
+    Args:
+        held: bytes that the weights have.
+        origin: where they come from, named in errors.
+
+    Raises:
+        UserError: within; the model is many times larger than its weights.
+
+    >>> with bounded(40, "w.pt"):
+    ...     model = nn.Linear(5000, 5000)
+    Traceback (most recent call last):
+    limbeck.errors.UserError: w.pt does not fit the model, which is many times larger
+    """
+    left = held * A_BYTE + BESIDES
+
+    def count(_: nn.Module, __: str, tensor: Tensor | None) -> None:
+        nonlocal left
+        left -= A_TENSOR + (0 if tensor is None else tensor.numel())
+        if left < 0:
+            raise UserError(f"{origin} does not fit the model, which is many times larger")
+
+    hooks: list[Any] = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def fit(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
@@ -74,7 +129,7 @@ def fit(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
         origin: where the tensors come from, named in errors.
 
     Raises:
-        UserError: tensors are missing, surplus, of another shape, or hold NaN or infinity.
+        UserError: tensors are missing, surplus, of another shape or kind, or hold NaN or infinity.
 
     What :class:`Packs` layers have packed is unpacked.
 
@@ -95,12 +150,17 @@ def fit(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
         "missing": [name for name in own if name not in state],
         "surplus": sorted(name for name in state if name not in own),
         "wrongly shaped": shapes,
+        "of another kind": [
+            f"{name} {_type(state[name])} instead of {_type(own[name])}"
+            for name in own
+            if name in state and _kind(state[name]) != _kind(own[name])
+        ],
     }
     if any(wrong.values()):
         said = "; ".join(f"{kind} {_few(names)}" for kind, names in wrong.items() if names)
         raise UserError(f"{origin} does not fit the model: {said}")
-    check_finite(state, origin)
     model.load_state_dict(state)
+    check_finite(model.state_dict(), origin)
 
 
 def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
@@ -126,6 +186,7 @@ def to_bytes(model: nn.Module, packed: bool = False) -> bytes:
     Raises:
         UserError: there is nothing to pack.
 
+    >>> from safetensors.torch import load
     >>> sorted(load(to_bytes(nn.Linear(2, 1))))
     ['bias', 'weight']
     """
@@ -163,6 +224,17 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".:")
+
+
+def _kind(tensor: Tensor) -> object:
+    """Types of a kind are copied into one another; those of a byte mean only themselves."""
+    if tensor.element_size() == 1:
+        return tensor.dtype
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _few(names: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from limbeck.training.network import Network
 from limbeck.training.progress import Voice
 from limbeck.training.task import model_output
 
-Side = Annotated[int, Field(ge=1, le=2**16)]
+Side = Annotated[int, Field(ge=1, le=2**13)]
 
 
 class Transfer(Part):
