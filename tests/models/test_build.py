@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from limbeck.errors import UserError
@@ -115,6 +119,92 @@ def test_a_damaged_transformers_folder_is_one_sentence(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"the weights of hf:.* could not be had"):
         build(f"hf:{tmp_path}", CLASSES, COLOUR)
+
+
+def configured(folder: Path, **facts: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
+def prepared(folder: Path, **facts: Any) -> None:
+    content = json.dumps({"image_processor_type": "ViTImageProcessor", **facts})
+    (folder / "preprocessor_config.json").write_text(content)
+
+
+def written(folder: Path, **tensors: torch.Tensor) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "config.json").write_text("["), "hf:.* is neither a folder"),
+        (lambda folder: configured(folder, image_size=[]), "hf:.* is no model that can be made"),
+        (lambda folder: configured(folder, hidden_size=10**5), "hf:.* which is many times larger"),
+        (lambda folder: configured(folder, num_hidden_layers=10**6), "many times larger"),
+        (lambda folder: configured(folder, hidden_size=32), "cls_token is missing or of another"),
+        (lambda folder: written(folder), "cls_token is missing or of another"),
+        (
+            lambda folder: prepared(folder, size={"height": 10**6, "width": 8}),
+            r"_config.json .* size",
+        ),
+        (lambda folder: prepared(folder, image_std=[0, 0, 0]), r"preprocessor_config.json .* std"),
+    ],
+)
+def test_a_transformers_folder_that_fits_nothing_is_one_sentence(
+    damage: Callable[[Path], Any], sentence: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    transformers.ViTForImageClassification(tiny_vit()).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=sentence) as refusal:
+        build(f"hf:{tmp_path}", CLASSES, COLOUR)
+    assert str(tmp_path) in str(refusal.value)
+
+
+def test_so_many_labels_as_a_configuration_names_are_not_made(tmp_path: Path) -> None:
+    import transformers
+
+    transformers.ViTForImageClassification(tiny_vit()).save_pretrained(tmp_path)
+    configured(tmp_path, num_labels=10**9, id2label=None, label2id=None)
+    assert build(f"hf:{tmp_path}", CLASSES, COLOUR).classes == CLASSES
+
+
+@pytest.mark.parametrize("kind", ["vit", "foreign"])
+@pytest.mark.parametrize("auto", ["AutoConfig", "AutoModelForImageClassification", "processor"])
+def test_code_beside_weights_is_never_run(auto: str, kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    folder, canary = tmp_path / "vit", tmp_path / "canary"
+    transformers.ViTForImageClassification(tiny_vit()).save_pretrained(folder)
+    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    if auto == "processor":
+        configured(folder, model_type=kind)
+        prepared(folder, auto_map={"AutoImageProcessor": "evil.Evil"}, image_processor_type="Evil")
+    else:
+        configured(folder, model_type=kind, auto_map={auto: "evil.Evil"})
+    with suppress(UserError):
+        build(f"hf:{folder}", CLASSES, COLOUR)
+    assert not canary.exists()
+
+
+class Malicious:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return (Path.mkdir, (self.canary,))
+
+
+def test_weights_of_transformers_that_want_to_run_code_are_refused(tmp_path: Path) -> None:
+    tiny_vit().save_pretrained(tmp_path)
+    torch.save({"classifier.bias": Malicious(tmp_path / "canary")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"the weights of hf:.* could not be had: Weights only load"
+    ):
+        build(f"hf:{tmp_path}", CLASSES, COLOUR)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_a_hub_name_without_network_is_one_sentence() -> None:

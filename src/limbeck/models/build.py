@@ -204,8 +204,10 @@ def _fed(facts: dict[str, Any], card: Path) -> Intake:
 
     try:
         return intake(facts["input"])
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"{card} does not say what the model is fed") from None
+    except ValueError as error:
+        raise UserError(f"{card} does not say what the model is fed: {error}") from None
 
 
 def _agree(known: Sequence[str], wanted: Sequence[str], stem: Path) -> None:

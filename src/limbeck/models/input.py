@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, FiniteFloat, TypeAdapter
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
 from limbeck.errors import UserError
+from limbeck.training.parameters import reason_of
 
 if TYPE_CHECKING:
     from limbeck.models.libraries import Offer, Order
@@ -70,7 +71,12 @@ class Intake(ABC):
         Raises:
             ValueError: a field is missing, of another type, or out of range.
         """
-        return TypeAdapter(cls).validate_json(json.dumps(facts), strict=True)
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(facts), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "all of it"
+            raise ValueError(f"{where}: {reason_of(first['msg'])}") from None
 
 
 def intake(facts: dict[str, Any]) -> Intake:

@@ -98,7 +98,14 @@ def network(
             f"no model of {order.library} can be fed {order.input.describe()}; "
             f"known: {', '.join(known)}"
         )
-    offer = offers[order.library](order)
+    try:
+        offer = offers[order.library](order)
+    except UserError:
+        raise
+    except Exception as error:  # A configuration can be wrong in any way.
+        raise UserError(
+            f"{order.title} is no model that can be made: {weights.first_line(error)}"
+        ) from error
     errors: list[Exception] = []
     held = None if state is None else sum(tensor.nbytes for tensor in state.values())
     for way in offer.ways:
@@ -277,14 +284,19 @@ def configuration(order: Order) -> Any:
     Raises:
         UserError: there is none in the folder or the local cache.
     """
-    configs: Any = need("transformers").AutoConfig
+    transformers = need("transformers")
+    labels = dict(enumerate(order.classes))
+    named = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
     try:
-        if order.config is not None:
-            config: Any = configs.for_model(**order.config | {"num_labels": len(order.classes)})
-        else:
-            config = configs.from_pretrained(
-                order.name, trust_remote_code=False, local_files_only=not order.pretrained
+        facts = order.config
+        if facts is None:
+            facts, _ = transformers.PretrainedConfig.get_config_dict(
+                order.name, local_files_only=not order.pretrained
             )
+        # Labels of its own might be any number of them.
+        config: Any = transformers.AutoConfig.for_model(
+            **{"model_type": "none"} | facts | named | {"num_labels": len(labels)}
+        )
     except Exception as error:
         hint = "" if order.pretrained else f" (hf:{order.name}@pretrained may download it)"
         raise UserError(
@@ -292,26 +304,36 @@ def configuration(order: Order) -> Any:
             f"be reached{hint}: {weights.first_line(error)}"
         ) from error
     config.dtype = torch.float32
-    config.id2label = dict(enumerate(order.classes))
-    config.label2id = {label: i for i, label in enumerate(order.classes)}
     return config
 
 
 def with_weights(models: Any, order: Order, config: Any) -> nn.Module:
-    """A transformers model with its published weights, but for a head that does not fit."""
+    """A transformers model with its published weights, but for a head that does not fit.
+
+    Raises:
+        UserError: they lack more than that, which would stay as it was drawn.
+    """
     folder = Path(order.name)
     held = sum(f.stat().st_size for f in folder.iterdir()) if folder.is_dir() else None
     with _bounded(held, order.title):
-        return answering(
-            models.from_pretrained(
-                order.name,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                local_files_only=not order.pretrained,
-            )
+        model, found = models.from_pretrained(
+            order.name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            local_files_only=not order.pretrained,
+            output_loading_info=True,
         )
+    body = f"{model.base_model_prefix}."
+    drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    lacking = sorted(name for name in drawn if name.startswith(body) and "pooler" not in name)
+    if lacking:
+        raise UserError(
+            f"the weights in {order.name} are not its configuration's: {lacking[0]} is missing or "
+            "of another shape"
+        )
+    return answering(model)
 
 
 def answering(model: Any) -> nn.Module:
@@ -334,22 +356,25 @@ def _processed(order: Order, channels: int, native: tuple[int, int] | None) -> I
         processor = processors.from_pretrained(
             order.name, trust_remote_code=False, local_files_only=not order.pretrained
         )
-    except (OSError, ValueError) as error:
+        cropped = getattr(processor, "do_center_crop", False)
+        size = processor.crop_size if cropped else processor.size
+        edge = size.get("shortest_edge")
+        normalises = getattr(processor, "do_normalize", True)
+        return Input.from_json(
+            {
+                "channels": channels,
+                "size": (edge, edge) if edge else (size["height"], size["width"]),
+                "mean": processor.image_mean if normalises else [0.0] * channels,
+                "std": processor.image_std if normalises else [1.0] * channels,
+            }
+        )
+    except Exception as error:  # Foreign JSON can fail in any way.
         if Path(order.name, "preprocessor_config.json").exists():
             raise UserError(
                 f"the preprocessor_config.json in {order.name} cannot be used: "
                 + weights.first_line(error)
             ) from error
         return replace(fallback, size=native or fallback.size)
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    edge = size.get("shortest_edge")
-    normalises = getattr(processor, "do_normalize", True)
-    return Input(
-        channels,
-        (edge, edge) if edge else (size["height"], size["width"]),
-        tuple(processor.image_mean) if normalises else (0.0,) * channels,
-        tuple(processor.image_std) if normalises else (1.0,) * channels,
-    )
 
 
 def _coloured(input: Input, channels: int = 3) -> Input:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -219,11 +220,11 @@ def _packing(model: nn.Module) -> dict[str, Packs]:
 def first_line(error: BaseException) -> str:
     """What an error of another library says first.
 
-    >>> first_line(ValueError("no such thing.\\nTraceback"))
+    >>> first_line(ValueError("no such thing. Try another.\\nTraceback"))
     'no such thing'
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")
+    return re.split(r"\. (?=[A-Z])", lines[0].strip())[0].rstrip(".:")
 
 
 def _kind(tensor: Tensor) -> object:
