@@ -77,6 +77,7 @@ def resume(path: Path, voice: Voice | None = None) -> Run:
     """
     run = Run.open(path)
     if (path / RESULT).is_file():
+        run.result()
         (voice or Voice()).say(f"{path} is finished: there is nothing to resume")
         return run
     content = run.recipe()

@@ -69,7 +69,7 @@ class Canary:
 
 def test_nothing_in_a_state_is_executed_even_with_a_right_checksum(tmp_path):
     write_state(tmp_path / "s", {"w": Canary(tmp_path / "canary")})
-    with pytest.raises(Exception, match=r"Weights only load failed|is damaged"):
+    with pytest.raises(UserError, match=r"s is refused: it holds more than tensors and plain"):
         read_state(tmp_path / "s")
     assert not (tmp_path / "canary").exists()
 
@@ -101,7 +101,7 @@ def test_a_half_written_checkpoint_is_skipped_and_named(tmp_path):
     cut = checkpoints.write({"n": 2})
     cut.write_bytes(cut.read_bytes()[:-1])
     assert checkpoints.newest() == {"n": 1}
-    assert checkpoints.skipped == [cut]
+    assert checkpoints.skipped == [f"{cut} is damaged: its checksum does not match its content"]
 
 
 def test_a_full_disk_costs_no_checkpoint_that_was_there(tmp_path, monkeypatch):
@@ -114,3 +114,32 @@ def test_a_full_disk_costs_no_checkpoint_that_was_there(tmp_path, monkeypatch):
         checkpoints.write({"n": 3})
     assert checkpoints.paths() == before
     assert checkpoints.newest() == {"n": 2}
+
+
+def test_a_checkpoint_of_something_else_is_skipped_and_named(tmp_path):
+    ours, theirs = (Checkpoints(tmp_path / n, key=n.encode) for n in ("ours", "theirs"))
+    ours.write({"n": 1})
+    foreign = theirs.write({"n": 2}).rename(tmp_path / "ours" / "000009.ckpt")
+    assert ours.newest() == {"n": 1}
+    assert ours.skipped == [
+        f"{foreign} was written under another recipe than recipe.yaml, or in another place"
+    ]
+
+
+@pytest.mark.parametrize("place", ["folder", "pipe", "code", "loop"])
+def test_what_is_no_checkpoint_is_skipped_and_not_waited_for(tmp_path, place):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write({"n": 1})
+    newest = tmp_path / "000009.ckpt"
+    if place == "folder":
+        newest.mkdir()
+    elif place == "pipe":
+        os.mkfifo(newest)
+    elif place == "loop":
+        newest.symlink_to(newest)
+    else:
+        write_state(newest, {"n": Canary(tmp_path / "canary")})
+    assert checkpoints.newest() == {"n": 1}
+    assert not (tmp_path / "canary").exists()
+    checkpoints.clear()
+    assert checkpoints.newest() is None

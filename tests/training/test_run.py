@@ -51,7 +51,11 @@ def test_a_result_is_there_only_when_the_run_is_finished(tmp_path):
     assert run.result() == {"student": 0.5}
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"a: [", b"!!python/name:a"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1]", b"{", b"\xff\xfe", b"a: [", b"!!python/name:a", b"[" * 100_000],
+    ids=["empty", "list", "cut", "bytes", "yaml", "code", "deep"],
+)
 def test_altered_files_are_named(tmp_path, content):
     run = Run.create(tmp_path / "run", {})
     for name, read in (("recipe.yaml", run.recipe), ("result.json", run.result)):
@@ -128,3 +132,61 @@ def test_a_finished_phase_is_kept_and_its_checkpoints_are_not(tmp_path):
     assert torch.equal(found["modules"]["w"], torch.ones(2))
     assert run.finished_phase(4, "fit@1/../x") is None
     assert [p.parent for p in run.path.rglob("*.state")] == [run.path / "phases"]
+
+
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[1]", b"3", b"", b"[" * 100_000])
+def test_a_damaged_line_of_the_metrics_is_named_before_anything_is_trained(tmp_path, line):
+    run = Run.create(tmp_path / "run", {})
+    (run.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    for read in (run.metrics, lambda: run.cut_log(10**6)):
+        with pytest.raises(UserError, match=r"line 2 of .*metrics.jsonl is not what Limbeck wrote"):
+            read()
+
+
+def test_metrics_that_were_shortened_are_not_filled_up(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    run.log({"step": 1})
+    length = run.logged()
+    Run.open(run.path).cut_log(10**9)
+    assert (run.path / "metrics.jsonl").stat().st_size == length
+
+
+def test_a_phase_is_taken_in_its_own_place_and_under_its_own_recipe_alone(tmp_path):
+    runs = {n: Run.create(tmp_path / str(n), {"seed": n, "engine": {"workers": n}}) for n in (0, 1)}
+    for run in runs.values():
+        run.finish_phase(0, "fit", {"modules": {}})
+    path = runs[0].phase_path(0, "fit")
+    ours, theirs = path.read_bytes(), runs[1].phase_path(0, "fit").read_bytes()
+    path.with_name("001-fit.state").write_bytes(ours)
+    with pytest.raises(
+        UserError, match=r"001-fit.state was written .* in another place; remove it"
+    ):
+        runs[0].finished_phase(1, "fit")
+    path.write_bytes(theirs)
+    with pytest.raises(UserError, match=r"000-fit.state was written under another recipe than"):
+        runs[0].finished_phase(0, "fit")
+    path.write_bytes(ours[:-1])
+    with pytest.raises(
+        UserError, match=r"000-fit.state is damaged: .*; remove it to have the phas"
+    ):
+        runs[0].finished_phase(0, "fit")
+
+
+def test_a_folder_may_move_and_settings_that_change_no_bit_may_be_edited(tmp_path):
+    run = Run.create(tmp_path / "run", {"seed": 0, "engine": {"workers": 0, "precision": "fp32"}})
+    run.finish_phase(0, "fit", {"modules": {}})
+    moved = Run.open(run.path.rename(tmp_path / "moved"))
+    recipe = moved.path / "recipe.yaml"
+    recipe.write_text("engine: {precision: fp32, workers: 2}  # faster\nseed: 0\n")
+    assert moved.finished_phase(0, "fit") is not None
+    recipe.write_text("engine: {precision: bf16, workers: 2}\nseed: 0\n")
+    with pytest.raises(UserError, match="under another recipe"):
+        Run.open(moved.path).finished_phase(0, "fit")
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_what_cannot_be_written_in_a_folder_is_named(tmp_path, name):
+    run = Run.create(tmp_path / "run", {})
+    (run.path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} cannot be written: is a directory"), run.held():
+        run.log({"step": 1})

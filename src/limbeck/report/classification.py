@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.files import regular
 from limbeck.report.figures import (
     COLOURS,
     INK,
@@ -67,7 +68,7 @@ def read_predictions(run: Run, known: Sequence[str]) -> Predictions | None:
 
     path = run.path / "predictions.safetensors"
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(regular(path), framework="numpy") as file:
             keys = file.keys()  # the file itself cannot be iterated over
             tensors = {key: file.get_tensor(key) for key in keys}
             classes = (file.metadata() or {}).get("classes", "").split("\n")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.files import regular
 from limbeck.report.figures import Gallery, Picture, Section, plain
 from limbeck.report.table import ROLES, names, roles
 from limbeck.training.run import Run
@@ -61,7 +62,7 @@ def _pictures(run: Run, known: list[str], called: Mapping[str, str]) -> list[Sec
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(run.path / "detections.safetensors", framework="numpy") as file:
+        with safe_open(regular(run.path / "detections.safetensors"), framework="numpy") as file:
             keys = file.keys()  # the file itself cannot be iterated over
             tensors = {key: file.get_tensor(key) for key in keys}
             classes = (file.metadata() or {}).get("classes", "").split("\n")

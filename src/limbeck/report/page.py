@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limbeck.files import regular
 from limbeck.report import (
     attributes,
     classification,
@@ -405,8 +406,8 @@ def _audit(metrics: list[dict[str, Any]], called: Mapping[str, str]) -> list[dic
 
 def _environment(run: Run) -> list[tuple[str, str]]:
     try:
-        facts = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads(regular(run.path / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return []
     found = []
     for name, value in facts.items() if isinstance(facts, dict) else ():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.files import regular
 from limbeck.report.figures import Figure, Gallery, Picture, Section, panel, plain
 from limbeck.report.table import names, roles
 from limbeck.training.run import Run
@@ -69,7 +70,7 @@ def _masks(run: Run) -> list[Section]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(run.path / "predictions.safetensors", framework="numpy") as file:
+        with safe_open(regular(run.path / "predictions.safetensors"), framework="numpy") as file:
             keys = file.keys()  # the file itself cannot be iterated over
             tensors = {key: file.get_tensor(key) for key in keys}
             classes = (file.metadata() or {}).get("classes", "").split("\n")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.files import regular
 from limbeck.report import classification
 from limbeck.report.figures import COLOURS, OTHER, Figure, Section, grid, panel, plain
 from limbeck.report.table import names, roles
@@ -28,7 +29,7 @@ def _curves(run: Run) -> list[Section]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(run.path / "curves.safetensors", framework="numpy") as file:
+        with safe_open(regular(run.path / "curves.safetensors"), framework="numpy") as file:
             keys = file.keys()  # the file itself cannot be iterated over
             tensors = {key: file.get_tensor(key) for key in keys}
             columns = [

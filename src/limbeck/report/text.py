@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from limbeck.files import regular
 from limbeck.report import classification
 from limbeck.report.figures import Section, plain
 from limbeck.report.table import names, roles
@@ -23,8 +24,8 @@ def _words(run: Run) -> list[Section]:
     result = run.result()
     found = classification.read_predictions(run, [*roles(result)])
     try:
-        shown: list[dict[str, Any]] = json.loads((run.path / "examples.json").read_text())
-    except (OSError, ValueError):
+        shown: list[dict[str, Any]] = json.loads(regular(run.path / "examples.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return []
     if found is None or not shown:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from limbeck.files import regular
 from limbeck.report.figures import Section, plain
 from limbeck.report.table import names, roles
 from limbeck.training.run import Run
@@ -41,8 +42,8 @@ def sections(run: Run) -> list[Section]:
 
 def _predictions(run: Run) -> dict[str, Any]:
     try:
-        found = json.loads((run.path / "predictions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(regular(run.path / "predictions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) and found.get("source") else {}
 

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from limbeck.training.checkpoint import written
+
 
 class Voice:
     """Speaks to the terminal and keeps what was said in a log file.
@@ -40,7 +42,8 @@ class Voice:
 
     def keep(self, log: Path) -> None:
         """Append to this file what is said from now on."""
-        self._log = log.open("a", encoding="utf-8")
+        with written(log):
+            self._log = log.open("a", encoding="utf-8")
 
     def say(self, text: str, style: str | None = None) -> None:
         """Say a sentence."""

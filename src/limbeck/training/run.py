@@ -8,16 +8,27 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 from limbeck import plain
 from limbeck.errors import UserError
-from limbeck.training.checkpoint import Checkpoints, read_state, write_atomically, write_state
+from limbeck.files import regular
+from limbeck.training.checkpoint import (
+    Checkpoints,
+    read_state,
+    write_atomically,
+    write_state,
+    written,
+)
 
 RECIPE, METRICS, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "environment.json"
 RESULT, FINDINGS = "result.json", "findings.json"
+
+FREE = ("workers", "cache_folder", "profile", "keep_memory", "checkpoint_seconds", "trackers")
+"""Settings of the engine that change no bit of a run."""
 
 
 class Run:
@@ -31,7 +42,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = Checkpoints(path / "checkpoints")
+        self.checkpoints = Checkpoints(path / "checkpoints", key=lambda: self.key("checkpoint"))
         self._metrics: IO[bytes] | None = None
         self._lock: IO[bytes] | None = None
 
@@ -70,6 +81,20 @@ class Run:
         """The resolved recipe."""
         return self._mapping(RECIPE, plain.parse)
 
+    def key(self, *place: object) -> bytes:
+        """What a state belongs to that is kept at a place in this run: the recipe decides its bits.
+
+        Settings that change no bit may be changed between a stop and going on.
+        """
+        return json.dumps([self._deciding, *place]).encode()
+
+    @cached_property
+    def _deciding(self) -> str:
+        recipe = self.recipe()
+        if isinstance(engine := recipe.get("engine"), dict):
+            recipe["engine"] = {k: v for k, v in engine.items() if k not in FREE}
+        return json.dumps(recipe, sort_keys=True, default=str)
+
     def result(self) -> dict[str, Any]:
         """What the run found; raises :class:`UserError` while it is not finished."""
         if not (self.path / RESULT).is_file():
@@ -86,17 +111,22 @@ class Run:
         """What the method alone has to show; empty where it has nothing."""
         if not (self.path / FINDINGS).is_file():
             return []
-        found: list[dict[str, Any]] = self._mapping(FINDINGS, json.loads)["findings"]
+        found = self._mapping(FINDINGS, json.loads).get("findings")
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise self._strange(FINDINGS)
         return found
 
     def _mapping(self, name: str, parse: Any) -> dict[str, Any]:
         try:
-            content = parse((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = parse(regular(self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            raise UserError(f"{self.path / name} cannot be read: it is not what Limbeck wrote")
+            raise self._strange(name)
         return content
+
+    def _strange(self, name: str) -> UserError:
+        return UserError(f"{self.path / name} cannot be read: it is not what Limbeck wrote")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file into the folder in one move."""
@@ -111,7 +141,8 @@ class Run:
         """
         import fcntl
 
-        self._lock = (self.path / ".lock").open("ab")
+        with written(self.path / ".lock"):
+            self._lock = (self.path / ".lock").open("ab")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -129,35 +160,61 @@ class Run:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
-        if self._metrics is None:
-            self._metrics = (self.path / METRICS).open("ab")
-        self._metrics.write(json.dumps(line).encode() + b"\n")
+        with written(self.path / METRICS):
+            if self._metrics is None:
+                self._metrics = (self.path / METRICS).open("ab")
+            self._metrics.write(json.dumps(line).encode() + b"\n")
 
     def logged(self) -> int:
         """How many bytes of metrics there are, all of them on disk."""
-        if self._metrics is None:
-            self._metrics = (self.path / METRICS).open("ab")
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        with written(self.path / METRICS):
+            if self._metrics is None:
+                self._metrics = (self.path / METRICS).open("ab")
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+            return self._metrics.tell()
 
     def cut_log(self, length: int) -> None:
-        """Forget the metrics written after ``length`` bytes."""
+        """Forget the metrics written after ``length`` bytes.
+
+        Raises:
+            UserError: what is left is damaged.
+        """
+        fresh = self._metrics is None
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
         path = self.path / METRICS
-        if path.exists():
+        if path.is_file() and path.stat().st_size > length:
             os.truncate(path, length)
+        if fresh:
+            self.metrics()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of the metrics."""
+        """All lines of the metrics.
+
+        Raises:
+            UserError: a line is damaged.
+        """
         if self._metrics is not None:
             self._metrics.flush()
         path = self.path / METRICS
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found: list[dict[str, Any]] = []
+        try:
+            for number, line in enumerate(regular(path).read_bytes().splitlines(), start=1):
+                with suppress(ValueError, RecursionError):
+                    found.append(json.loads(line))
+                if len(found) < number or not isinstance(found[-1], dict):
+                    raise UserError(
+                        f"line {number:,} of {path} is not what Limbeck wrote; remove the line to "
+                        "go on without it"
+                    )
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"{path} cannot be read: {reason}") from None
+        return found
 
     # Phases: what a finished phase left is written once and never again.
 
@@ -172,7 +229,8 @@ class Run:
 
     def finish_phase(self, index: int, name: str, state: Mapping[str, Any]) -> None:
         """Record the outcome of a phase; its checkpoints are no longer needed."""
-        write_state(self.phase_path(index, name), {**state, "phase": name, "log": self.logged()})
+        state = {**state, "phase": name, "log": self.logged()}
+        write_state(self.phase_path(index, name), state, self.key(index, name))
         self.checkpoints.clear()
 
     def drop_journal(self, index: int, name: str) -> None:
@@ -180,9 +238,21 @@ class Run:
         shutil.rmtree(self.journal_path(index, name), ignore_errors=True)
 
     def finished_phase(self, index: int, name: str) -> dict[str, Any] | None:
-        """The outcome of a phase, or ``None`` if it is not finished."""
+        """The outcome of a phase, or ``None`` if it is not finished.
+
+        Raises:
+            UserError: it is damaged, or another recipe's.
+        """
         path = self.phase_path(index, name)
-        return read_state(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found: dict[str, Any] = read_state(path, self.key(index, name))
+            return found
+        except UserError as error:
+            raise UserError(
+                f"{error}; remove it to have the phase done again, or put back what was there"
+            ) from None
 
 
 def environment() -> dict[str, Any]:

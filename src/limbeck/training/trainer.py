@@ -233,8 +233,8 @@ class Trainer:
 
     def _do(self, index: int, phase: Phase, log: int) -> dict[str, Any]:
         checkpoint = self.run.checkpoints.newest()
-        for path in self.run.checkpoints.skipped:
-            self.voice.warn(f"{path} is damaged and was skipped for the checkpoint before it")
+        for reason in self.run.checkpoints.skipped:
+            self.voice.warn(f"{reason}; it was skipped for the checkpoint before it")
         if checkpoint is not None and checkpoint["phase"] != phase.name:
             checkpoint = None
         if self.main:
@@ -284,12 +284,12 @@ class _Journal:
         self._folder = trainer.run.journal_path(index, phase.name)
 
     def remember(self, name: str, work: Callable[[], Any]) -> Any:
-        path = self._folder / f"{name}.state"
+        path, key = self._folder / f"{name}.state", self._trainer.run.key(self._folder.name, name)
         if path.exists():
-            return read_state(path)
+            return read_state(path, key)
         result = work()
         if self._trainer.main:
-            write_state(path, result)
+            write_state(path, result, key)
         self._trainer.stop_if_asked(lambda: None)
         return result
 
@@ -557,4 +557,10 @@ def _load(phase: Phase, state: Mapping[str, Mapping[str, Any]]) -> None:
             f"{sorted(modules)}; the run was made by another version of the method"
         )
     for name, module in modules.items():
-        module.load_state_dict(state[name])
+        try:
+            module.load_state_dict(state[name])
+        except RuntimeError:
+            raise UserError(
+                f"the module {name!r} as recorded in phase {phase.name!r} does not fit; the run was"
+                " made by another version of the method"
+            ) from None
