@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -120,6 +121,25 @@ def test_page_table_and_json_say_the_same(tmp_path):
     assert "<b>" not in page
     assert facts["pairs"]["good"]["<b>"]["word"] == "better"
     assert "trials: 8" in page
+
+
+def test_hostile_names_are_text_in_the_leaderboard(tmp_path):
+    names = [
+        "<script>document.title='x'</script>",
+        '"><img src=x onerror=alert(1)>',
+        r"$\frac$ {{7*7}}",
+    ]
+    tuned = {name: {"found": {name: name}, "before": 0.6, "after": 0.7} for name in names}
+    alone = {**ALONE, "data": names[0], "metric": {"name": names[0], "higher_is_better": True}}
+    found = rank(alone, dict.fromkeys(names, GOOD), tuned)
+    page = leaderboard.write(found, tmp_path, {names[0]: names[1]}).read_text(encoding="utf-8")
+    tags: list[tuple[str, Any]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append((tag, attrs))  # type: ignore[method-assign]
+    parser.feed(page)
+    assert not [tag for tag, _ in tags if tag in ("script", "img")]
+    assert not [name for _, attrs in tags for name, _ in attrs if name.startswith("on")]
+    assert "{{7*7}}" in page
 
 
 def test_a_cost_that_is_not_known_is_left_out(tmp_path):

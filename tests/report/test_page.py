@@ -158,6 +158,76 @@ def test_what_a_run_holds_never_becomes_markup(make_run, tmp_path):
     assert "$x^2$" in found.text["svg"], "a name is no formula"
 
 
+HOSTILE = (
+    "<script>document.title='x'</script>",
+    '"><img src=x onerror="document.title=1">',
+    "</style></pre><svg onload=alert(1)>",
+    "' onmouseover='alert(1)",
+    "{{7*7}}{% raw %}",
+    r"$\frac$ $\unknown{ _^",
+    "two\nlines\tand\x00\x1b[31m\ufffe",
+    "\U0001f600 \u202e \u05d0",
+    "x" * 10_000,
+)
+
+
+@pytest.fixture(scope="module")
+def hostile(make_run, tmp_path_factory) -> Run:
+    """A run all of whose words want to be something else."""
+    words = " ".join(HOSTILE[:6])
+    path = tmp_path_factory.mktemp("hostile") / "run"
+    run = _of(make_run, path, words)
+    lines = {
+        f"{word} {role}": [(0, 0.5), (9, 0.7)] for role in ("student", "x") for word in HOSTILE
+    }
+    found = Finding(
+        title=words,
+        caption=words,
+        table=[["", *HOSTILE], [words, *HOSTILE]],
+        charts=[Chart(words, words, words, lines)],
+        pictures={words: torch.arange(64).view(8, 8).byte()},
+    )
+    change(
+        run,
+        system=words,
+        preset=words,
+        metric={"name": words, "higher_is_better": True},
+        names={"student": words, "baseline": HOSTILE[6], "teacher": HOSTILE[7]},
+        verdict={"word": "none", "sentence": words},
+    )
+    run.write_json("findings.json", {"findings": [found.as_json()]})
+    run.write_json("environment.json", {word: [word] for word in HOSTILE})
+    return run
+
+
+def _of(make_run, path: Path, words: str) -> Run:
+    run: Run = make_run(path, classes=HOSTILE, data=words, recipe={words: [words]})
+    place = {"phase": words, "seed": 0, "epoch": 1.0, "step": 1}
+    audit = {"values": {words: 1.0}, "gradient_share": {words: 1.0}}
+    for line in ({"terms": {words: 1.0}}, {"validation": {words: 0.5}}, {"audit": audit}):
+        run.log(place | line)
+    run.logged()
+    return run
+
+
+def test_hostile_words_are_text_everywhere(hostile):
+    found = read(hostile)
+    assert not found.all("script")
+    assert not [a for _, attributes in found.tags for a in attributes if a.startswith("on")]
+    assert all((i["src"] or "").startswith("data:") for i in found.all("img"))
+    assert "finding0" in found.sections
+    for place in ("title", "pre", "td", "dd", "h2", "figcaption", "svg"):
+        assert HOSTILE[0] in found.text[place], place
+    assert "{{7*7}}" in found.text["td"]
+
+
+@pytest.mark.parametrize("word", HOSTILE, ids=range(len(HOSTILE)))
+def test_any_word_can_be_drawn(word):
+    drawn = panel("x", word, lambda axes: (axes.set_title(word), axes.plot([0, 1], label=word)))
+    assert drawn.svg.count("<svg") == 1
+    assert "<script" not in drawn.svg
+
+
 @pytest.mark.parametrize(
     ("keys", "section"),
     [
@@ -388,6 +458,15 @@ def test_a_browser_shows_all_of_it_and_complains_of_nothing(finished, tmp_path, 
     assert found["drawings"] == found["shown"] > 8
     assert not found["wide"], "the page scrolls sideways"
     assert found["cut"] == []
+    assert complaints(done) == []
+
+
+@needs_browser
+def test_a_browser_runs_nothing_of_what_hostile_words_say(hostile, tmp_path):
+    text = page.write(hostile).read_text(encoding="utf-8")
+    told = "<script>parent.postMessage(JSON.stringify({title: document.title}), '*')</script>"
+    done = browse(tmp_path, text.replace("</body>", f"{told}</body>"), 1280, "dump-dom")
+    assert HOSTILE[0] in seen(done)["title"], "the title is the words, and not what they say"
     assert complaints(done) == []
 
 

@@ -136,14 +136,18 @@ def panel(
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         drawing = Drawing(figsize=size, layout="constrained")
         draw(drawing.subplots())
-        file = io.BytesIO()
+        file = io.StringIO()
         drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return Panel(_inline(file.getvalue(), name), label, round(106 * size[0]), round(74 * size[0]))
 
 
-def _inline(svg: bytes, name: str) -> Markup:
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+"""What XML cannot hold."""
+
+
+def _inline(svg: str, name: str) -> Markup:
     """An SVG file as an element for HTML; going through the parser escapes all its text."""
-    root = ET.fromstring(svg)
+    root = ET.fromstring(_NO_TEXT.sub("\ufffd", svg))
     for parent in root.iter():
         for child in list(parent):
             # Its style sheet would reach the whole page; its metadata names outside addresses.
