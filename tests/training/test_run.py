@@ -1,6 +1,10 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +113,54 @@ def test_one_process_holds_a_folder_and_a_dead_one_holds_nothing(tmp_path):
         other.kill()
     with run.held():
         pass
+
+
+def test_a_forked_process_holds_nothing_when_its_parent_is_dead(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    code = (
+        "import os, sys, time; from pathlib import Path; from limbeck.training.run import Run\n"
+        "held = Run.open(Path(sys.argv[1])).held(); held.__enter__(); child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE
+    ) as owner:
+        child = int(owner.stdout.readline())
+        # Once it has let go; the owner holds the folder still.
+        while os.path.realpath(run.path / ".lock") in map(
+            os.path.realpath, Path(f"/proc/{child}/fd").iterdir()
+        ):
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another process is training"), run.held():
+            pass
+        owner.kill()
+        owner.wait()
+        try:
+            with run.held():
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_whose_run_was_killed_before_it_began_is_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.12345.part").write_text("system: k")
+    with Run.create(tmp_path / "run", {"system": "kd"}).held():
+        pass
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"recipe.yaml", "environment.json", ".lock"}
+
+
+def test_who_holds_a_folder_sweeps_it_and_writes_down_where_it_is(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    (run.path / "environment.json").unlink()
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints" / ".000003.ckpt.12345.part").write_bytes(b"half of it")
+    with run.held():
+        pass
+    assert run.environment()["packages"]["torch"]
+    assert list((run.path / "checkpoints").iterdir()) == []
 
 
 def test_a_failure_inside_lets_go_of_the_folder(tmp_path):

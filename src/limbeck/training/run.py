@@ -26,6 +26,7 @@ from limbeck.training.checkpoint import (
 
 RECIPE, METRICS, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "environment.json"
 RESULT, FINDINGS = "result.json", "findings.json"
+LOCK = ".lock"
 
 FREE = ("workers", "cache_folder", "profile", "keep_memory", "checkpoint_seconds", "trackers")
 """Settings of the engine that change no bit of a run."""
@@ -44,7 +45,6 @@ class Run:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints", key=lambda: self.key("checkpoint"))
         self._metrics: IO[bytes] | None = None
-        self._lock: IO[bytes] | None = None
 
     @classmethod
     def create(cls, path: Path, recipe: Mapping[str, Any]) -> Run:
@@ -54,14 +54,23 @@ class Run:
             UserError: the folder exists and is not empty, or cannot be written.
         """
         cls.check_free(path)
-        write_atomically(path / RECIPE, plain.written(recipe).encode())
-        write_atomically(path / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
-        return cls(path)
+        run = cls(path)
+        with run.held():
+            # Again, as another process may have wanted the same folder at the same moment.
+            cls.check_free(path)
+            write_atomically(path / RECIPE, plain.written(recipe).encode())
+        return run
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raise the sentence for a folder that is already taken."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """Raise the sentence for a folder that is already taken.
+
+        One whose run was killed before its recipe was in place is not.
+        """
+        own = (LOCK, ENVIRONMENT, ".*.part")
+        if path.exists() and (
+            not path.is_dir() or any(not any(map(p.match, own)) for p in path.iterdir())
+        ):
             known = path / RECIPE
             hint = f"continue it with: limbeck resume {path}, or " if known.is_file() else ""
             raise UserError(f"{path} already exists; {hint}choose another name with --out")
@@ -136,25 +145,34 @@ class Run:
     def held(self) -> Iterator[None]:
         """Keep other processes out of the folder; a dead owner holds nothing.
 
+        What a killed one was about to put in place is swept away.
+
         Raises:
             UserError: another process is training in this folder.
         """
         import fcntl
 
-        with written(self.path / ".lock"):
-            self._lock = (self.path / ".lock").open("ab")
+        with written(self.path / LOCK):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("ab")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock.close()
+            lock.close()
             raise UserError(
                 f"another process is training in {self.path}; wait for it, stop it, or choose "
                 "another name with --out"
             ) from None
+        _locks.add(lock)
         try:
+            for beside in self.path.rglob(".*.part"):
+                beside.unlink()
+            if not (self.path / ENVIRONMENT).is_file():
+                self.write_json(ENVIRONMENT, environment())
             yield
         finally:
-            self._lock.close()
+            _locks.discard(lock)
+            lock.close()
 
     # Metrics: one JSON object a line; a resumed run cuts the file back to its checkpoint.
 
@@ -253,6 +271,19 @@ class Run:
             raise UserError(
                 f"{error}; remove it to have the phase done again, or put back what was there"
             ) from None
+
+
+_locks: set[IO[bytes]] = set()
+
+
+def _let_go() -> None:
+    """Hold no folder in a forked process, which outlives a killed one by some seconds."""
+    for lock in _locks:
+        lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def environment() -> dict[str, Any]:
