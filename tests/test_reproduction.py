@@ -54,6 +54,7 @@ def test_what_differs_is_told_and_the_status_is_one(command, run, copied, tmp_pa
     (copied.path / "student.json").write_text(json.dumps({**card, "sha256": "0"}))
     result = copied.result()
     copied.write_json("result.json", {**result, "student": 2.0, "seconds": {"total": 1.0}})
+    copied.write_json("findings.json", {"findings": [{"title": "another"}]})
     lines = (copied.path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copied.path / "metrics.jsonl").write_text("".join(lines[:-1]))
     again = tmp_path / "again"
@@ -61,10 +62,11 @@ def test_what_differs_is_told_and_the_status_is_one(command, run, copied, tmp_pa
     status, out, err = command("reproduce", copied.path, "--out", again)
     assert status == 1
     assert err == f"limbeck: {again} is not what {copied.path} was\n"
-    said = out.splitlines()[-3:]
+    said = out.splitlines()[-4:]
     assert said[0].startswith("metrics differ from step")
     assert said[1] == "the weights of student differ"
-    assert said[2] == f"student in the result was 2.0 and is {result['student']}"
+    assert said[2] == "the findings differ"
+    assert said[3] == f"student in the result was 2.0 and is {result['student']}"
 
 
 def test_an_interrupted_reproduction_goes_on(run, tmp_path):
@@ -73,6 +75,12 @@ def test_an_interrupted_reproduction_goes_on(run, tmp_path):
     (again / "result.json").unlink()
     torch.manual_seed(7)  # nothing hangs on what the process drew before
     assert reproduce(run.path, again, QUIET).differences == ()
+
+
+def test_a_run_killed_just_before_its_report_gets_it_when_it_is_resumed(command, copied):
+    (copied.path / "report.html").unlink()
+    assert command("resume", copied.path)[0] == 0
+    assert (copied.path / "report.html").is_file()
 
 
 def test_another_machine_is_said_before_anything_is_trained(command, run, copied, tmp_path):

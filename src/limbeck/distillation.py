@@ -77,7 +77,12 @@ def resume(path: Path, voice: Voice | None = None) -> Run:
     """
     run = Run.open(path)
     if (path / RESULT).is_file():
+        from limbeck.report import page
+
         run.result()
+        if not (path / page.REPORT).is_file():
+            with run.held():
+                page.write(run)
         (voice or Voice()).say(f"{path} is finished: there is nothing to resume")
         return run
     content = run.recipe()

@@ -92,9 +92,11 @@ def compare(one: Run, other: Run) -> Reproduction:
     for role in sorted(ours.keys() | theirs.keys()):
         if ours.get(role) != theirs.get(role):
             differences.append(f"the weights of {role} differ")
+    # As text, NaN is equal to itself.
+    if json.dumps(one.findings()) != json.dumps(other.findings()):
+        differences.append("the findings differ")
     before, after = one.result(), other.result()
     for name in sorted((before.keys() | after.keys()) - set(TIMED)):
-        # As text, NaN is equal to itself.
         found = [json.dumps(r.get(name), sort_keys=True) for r in (before, after)]
         if found[0] != found[1]:
             differences.append(f"{name} in the result was {found[0][:200]} and is {found[1][:200]}")

@@ -220,10 +220,15 @@ class Trainer:
                     done = self._do(index, phase, log)
                 else:
                     _load(phase, done["modules"])
+                if self.main:
+                    self.run.drop_journal(index, phase.name)
                 log, result = done["log"], done["result"]
                 if isinstance(phase, Fit) and phase.keep:
                     result = {epoch: self._kept(index, phase, epoch) for epoch in phase.keep}
                 self.seconds[phase.name] = done["seconds"]
+        if self.main:
+            # Those of the last phase, if it was killed when it had just recorded its outcome.
+            self.run.checkpoints.clear()
         if self.engine.trackers:
             self.accelerator.end_training()
 
@@ -250,8 +255,6 @@ class Trainer:
             state = {"modules": _state(phase), "result": result, "seconds": seconds}
             self.run.finish_phase(index, phase.name, state)
         self.accelerator.wait_for_everyone()
-        if self.main:
-            self.run.drop_journal(index, phase.name)
         done = self.run.finished_phase(index, phase.name)
         assert done is not None
         if not self.main:
