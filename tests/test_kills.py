@@ -46,14 +46,11 @@ TELLING = (
     r"open .*/\.recipe",
     r"rename .*/recipe",
     r"rename .*/environment",
-    r"fsync .*/\.0\d+\.ckpt",
     r"rename .*/\d+\.ckpt",
     r"remove .*\.ckpt",
-    r"fsync .*/metrics",
     r"truncate .*/metrics",
     r"remember ",
     r"rename .*-student\.state",
-    r"fsync .*/phases$",
     r"rename .*/student\.safetensors",
     r"rename .*/result",
     r"fsync .*/\.report",
@@ -195,6 +192,12 @@ def deaths(trial: Trial, folder: Path, between: tuple[int, int], seed: int) -> N
     trial.compare(folder)
 
 
+def torchrun(words: list[Any]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "limbeck", *map(str, words)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def report(name: str, trial: Trial) -> None:
     print(f"{name}: {trial.kills} kills, {trial.networks} networks, seed {SEED}")
 
@@ -207,11 +210,10 @@ def test_a_run_goes_on_from_a_death_at_any_telling_moment(tmp_path):
     trial.each(tmp_path / "runs" / "killed", [draw.choice(found[what]) for what in TELLING])
 
 
-def test_a_journal_survives_deaths_again_and_again(tmp_path):
+def test_a_solve_goes_on_from_a_death_inside_its_journal(tmp_path):
     trial = Trial(tmp_path, smoke("fskd", *JOURNAL))
     inside = [n for n, moment in enumerate(trial.moments[0], 1) if "student.journal" in moment]
     trial.each(tmp_path / "runs" / "killed", [random.Random(0).choice(inside[1:])])
-    deaths(trial, tmp_path / "runs" / "again", (60, 120), seed=0)
 
 
 def test_processes_that_read_images_die_with_their_run_and_do_not_hold_it(tmp_path):
@@ -289,6 +291,21 @@ def test_two_processes_survive_a_death_of_one_at_each_moment(rank, tmp_path):
     trial = Trial(tmp_path, smoke("kd", *CACHED), processes=2)
     trial.each(tmp_path / "runs" / "killed", drawn(trial.moments[rank], 1, SEED), rank)
     report(f"two processes, number {rank} dies", trial)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_ends_when_one_of_two_dies_and_goes_on(victim, tmp_path):
+    words = smoke("kd", *CACHED)
+    trial, folder = Trial(tmp_path, words, processes=2), tmp_path / "runs" / "killed"
+    agent = torchrun([*words, "--out", folder])
+    while agent.poll() is None and not list(folder.glob("checkpoints/*.ckpt")):
+        time.sleep(0.01)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(children[victim]), signal.SIGKILL)
+    assert agent.wait(60) == 1
+    assert torchrun(["resume", folder]).wait(300) == 0
+    trial.compare(folder)
 
 
 @pytest.mark.soak
