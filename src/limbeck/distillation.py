@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -80,7 +81,8 @@ def resume(path: Path, voice: Voice | None = None) -> Run:
         from limbeck.report import page
 
         run.result()
-        if not (path / page.REPORT).is_file():
+        first = os.environ.get("RANK", "0") == "0"
+        if first and not (path / page.REPORT).is_file():
             with run.held():
                 page.write(run)
         (voice or Voice()).say(f"{path} is finished: there is nothing to resume")

@@ -237,6 +237,8 @@ class Trainer:
         return self.run.phase_path(index, phase.name).with_suffix(f".epoch-{epoch}")
 
     def _do(self, index: int, phase: Phase, log: int) -> dict[str, Any]:
+        # Until each of several processes has seen that the phase is not finished.
+        self.accelerator.wait_for_everyone()
         checkpoint = self.run.checkpoints.newest()
         for reason in self.run.checkpoints.skipped:
             self.voice.warn(f"{reason}; it was skipped for the checkpoint before it")
