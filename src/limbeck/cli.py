@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from limbeck.errors import UserError
+from limbeck.training.signals import Stopped, on_signals, stop
 
 if TYPE_CHECKING:
     from limbeck.catalogue import System
@@ -506,7 +507,11 @@ def main() -> None:
     # Before torch is imported: its profiler would keep a diary on the terminal.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     try:
-        app()
+        with on_signals(stop):
+            app()
+    except Stopped as stopped:
+        typer.echo("limbeck: stopped", err=True)
+        sys.exit(stopped.status)
     except UserError as error:
         typer.echo(f"limbeck: {error}", err=True)
         sys.exit(2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import count
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
 from limbeck import __version__
 from limbeck import data as sources
+from limbeck.data.batches import failure
 from limbeck.data.data import Data
 from limbeck.errors import UserError, readable
 from limbeck.models import Input, build, described, load, profile, save, weights_given
@@ -38,7 +41,7 @@ from limbeck.training.method import Method, Phases
 from limbeck.training.network import Network
 from limbeck.training.phases import Training
 from limbeck.training.progress import Voice
-from limbeck.training.run import FINDINGS, RESULT, Run
+from limbeck.training.run import FINDINGS, RECIPE, RESULT, Run
 from limbeck.training.task import Batch, Task, model_output
 from limbeck.training.teacher import Teacher
 from limbeck.training.trainer import Trainer
@@ -445,6 +448,8 @@ def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
     state, names = PartialState(), [str(out or fresh_name(job.facts))]
     broadcast_object_list(names)
     path = Path(names[0])
+    if _restarted(path, recipe):
+        return _carry_out(job, Run.open(path))
     if state.is_main_process:
         Run.check_free(path)
     _remember(job, path)
@@ -453,6 +458,12 @@ def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
         Run.create(path, recipe)
     state.wait_for_everyone()
     return _carry_out(job, Run.open(path))
+
+
+def _restarted(path: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether torchrun began this run before, and a process of it died."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and (path / RECIPE).is_file() and Run.open(path).recipe() == recipe
 
 
 def fresh_name(facts: Mapping[str, Any]) -> Path:
@@ -475,15 +486,36 @@ def _carry_out(job: _Job, run: Run) -> Run:
     state, bench = PartialState(), job.bench
     _remember(job, run.path)
     if not state.is_main_process:
-        Trainer(run, job.engine, bench.voice).work(job.method.phases(bench))
+        with _kept(run):
+            Trainer(run, job.engine, bench.voice).work(job.method.phases(bench))
         return run
-    with run.held():
+    with _kept(run), run.held():
         bench.voice.keep(run.path / "log.txt")
         trainer = Trainer(run, job.engine, bench.voice)
         bench.seconds = trainer.seconds
         trainer.work(job.method.phases(bench))
         _finish(job, run, trainer.seconds)
     return run
+
+
+@contextmanager
+def _kept(run: Run) -> Iterator[None]:
+    """Say in a sentence what the disk or another process refuses, and how the run goes on."""
+    try:
+        yield
+        return
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        wrong = f"{getattr(error, 'filename', None) or run.path}: {reason.lower()}"
+    except RuntimeError as error:
+        wrong = failure(error)
+        if PartialState().num_processes > 1 and "by peer" in str(error):
+            wrong = "another process of the run died (torchrun --max-restarts starts all again)"
+        if not wrong:
+            raise
+    finally:
+        run.close()
+    raise UserError(f"{wrong}; when that is put right, continue with: limbeck resume {run.path}")
 
 
 def _finish(job: _Job, run: Run, seconds: Mapping[str, float]) -> None:

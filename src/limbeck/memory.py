@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from limbeck.errors import UserError
@@ -32,3 +34,27 @@ def check(what: str, wanted: int) -> None:
         raise UserError(
             f"{what} would take {wanted / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
         )
+
+
+@contextmanager
+def enough(what: Callable[[], str], lower: str) -> Iterator[None]:
+    """Say in a sentence what wanted more memory than there is, and which recipe key to ``lower``.
+
+    >>> with enough(lambda: "a step", "training.batch_size"):
+    ...     raise MemoryError
+    Traceback (most recent call last):
+    limbeck.errors.UserError: a step wanted more memory than there is; lower training.batch_size ...
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        # The one is of accelerators, the other of the CPU.
+        out = "out of memory" in said.lower() or "can't allocate memory" in said
+        if not isinstance(error, MemoryError) and not out:
+            raise
+        raise UserError(
+            f"{what()} wanted more memory than there is{f' ({said})' if said else ''}; lower "
+            f"{lower}, raise training.accumulate or set engine.precision=bf16 (the last good "
+            "checkpoint stands)"
+        ) from None

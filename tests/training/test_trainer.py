@@ -204,6 +204,78 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path
         Trainer(run, engine, Voice(quiet=True)).work(iter_phases(fit))
 
 
+def failing(tmp_path, terms, model, **settings) -> Run:
+    fit = Fit(
+        name="fit",
+        updates=[Update(train={"m": model}, terms=terms, settings=Training(**settings))],
+        batches=batches(),
+        epochs=4,
+    )
+    run = Run.create(tmp_path / "run", {"test": True})
+    Trainer(run, QUICK, Voice(quiet=True)).work(iter_phases(fit))
+    return run
+
+
+def refused() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+
+def whole(path: Path) -> bool:
+    """Whether the newest checkpoint holds numbers alone."""
+    modules = Run.open(path).checkpoints.newest()["modules"]["m"]
+    return all(tensor.isfinite().all() for tensor in modules.values())
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path, clip):
+    model, steps = net(), {"n": 0}
+
+    def terms(batch):
+        steps["n"] += 1
+        said = model(batch["image"]).square().mean()
+        # The root of zero has a gradient without end.
+        return {"root": said + (said * 0).sqrt() if steps["n"] > 5 else said}
+
+    sentence = r"gradient became NaN .* step 5 of phase 'fit', where the loss \(root\) was finite"
+    with pytest.raises(UserError, match=sentence):
+        failing(tmp_path, terms, model, clip_norm=clip)
+    assert whole(tmp_path / "run")
+
+
+def test_a_step_that_ruins_the_weights_is_not_kept(tmp_path):
+    model = net()
+
+    def terms(batch):
+        return {"large": model(batch["image"]).square().mean() * 1e30}
+
+    with pytest.raises(UserError, match=r"became NaN or infinite .*phase 'fit'"):
+        failing(tmp_path, terms, model, lr=1e30)
+    assert not Run.open(tmp_path / "run").checkpoints.paths() or whole(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: torch.empty(2**60),
+        lambda: bytearray(2**62),
+        refused,
+    ],
+    ids=["torch", "python", "accelerator"],
+)
+def test_a_step_that_wants_too_much_memory_says_what_to_lower(tmp_path, work):
+    model, steps = net(), {"n": 0}
+
+    def terms(batch):
+        steps["n"] += 1
+        if steps["n"] == 5:
+            work()
+        return {"fine": model(batch["image"]).square().mean()}
+
+    with pytest.raises(UserError, match=r"step 4 of phase 'fit', 16 samples, wanted .* lower tr"):
+        failing(tmp_path, terms, model)
+    assert whole(tmp_path / "run")
+
+
 def iter_phases(*items, heard=None):
     for item in items:
         found = yield item

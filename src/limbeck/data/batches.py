@@ -16,6 +16,7 @@ from limbeck.data.augment import Augment
 from limbeck.data.data import Images, ResidentImages, Split
 from limbeck.errors import UserError
 from limbeck.training.seeding import derive
+from limbeck.training.signals import deaf
 from limbeck.training.task import Batch, View
 
 
@@ -139,19 +140,63 @@ class ImageBatches:
             return
         if not chunks:
             return
-        for read in DataLoader(
+        loader = DataLoader(
             _Rows(images),
             batch_sampler=[self.split.rows[c].flatten().tolist() for c in chunks],
             collate_fn=_stacked,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=deaf,
             # A generator of its own: images from disk draw as little from torch's as those in
             # memory do.
             generator=torch.Generator(),
-        ):
+        )
+        for read in served(loader):
             if isinstance(read, UserError):
                 raise read
             yield read
+
+
+PATIENCE = 600
+"""Seconds after which a process that reads samples is taken for stuck."""
+
+
+def served(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader gives.
+
+    Raises:
+        UserError: a process that reads for it died, or has not answered for :data:`PATIENCE`.
+    """
+    if loader.num_workers and not loader.timeout:
+        loader.timeout = PATIENCE
+    try:
+        yield from loader
+        return
+    except RuntimeError as error:
+        sentence = failure(error)
+        if not sentence:
+            raise
+    # Here, where nothing holds the loader's other processes any more.
+    raise UserError(sentence)
+
+
+def failure(error: RuntimeError) -> str:
+    """What a loader's error says of the processes that read for it; nothing if it does not.
+
+    Torch raises it wherever the main process is when one of them dies.
+    """
+    said = str(error)
+    if said.startswith("DataLoader worker (pid"):
+        return (
+            "a process that reads samples died, killed from outside or out of memory; read with "
+            "fewer (engine.workers, or your data loader's num_workers)"
+        )
+    if said.startswith("DataLoader timed out"):
+        return (
+            f"the processes that read samples gave none for {said.split()[4]} seconds; see whether "
+            "the disk or the network that the samples lie on still answers"
+        )
+    return ""
 
 
 class _Rows(Dataset[Tensor | UserError]):
@@ -192,7 +237,7 @@ class LoaderBatches:
         torch.manual_seed(seed)
         if self.loader.generator is not None:
             self.loader.generator.manual_seed(seed)
-        for number, item in enumerate(self.loader):
+        for number, item in enumerate(served(self.loader)):
             if number >= start:
                 yield dict(item) if isinstance(item, dict) else _named(item)
 

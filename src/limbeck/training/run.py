@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -191,6 +192,13 @@ class Run:
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
             return self._metrics.tell()
+
+    def close(self) -> None:
+        """Let go of the metrics; what cannot be written of them is lost and was not counted on."""
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):
+                self._metrics.close()
+            self._metrics = None
 
     def cut_log(self, length: int) -> None:
         """Forget the metrics written after ``length`` bytes.

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 
+from limbeck import memory
 from limbeck.errors import UserError
 from limbeck.training.audit import audit, some_unused
 from limbeck.training.checkpoint import read_state, write_state
@@ -27,7 +28,7 @@ from limbeck.training.profiling import Profile, stretch
 from limbeck.training.progress import Voice
 from limbeck.training.run import Run
 from limbeck.training.seeding import seed_all
-from limbeck.training.signals import on_signals
+from limbeck.training.signals import on_signals, stop
 from limbeck.training.task import Batch, Terms, moved
 
 LITTLE = 8 * 2**20
@@ -54,20 +55,31 @@ class _Meter:
     @classmethod
     def like(cls, terms: Terms) -> _Meter:
         values = _stacked(terms)
-        return cls(list(terms), torch.zeros_like(values), torch.full_like(values, -1.0))
+        bad = torch.full((len(values) + 1,), -1.0, dtype=values.dtype, device=values.device)
+        return cls(list(terms), torch.zeros_like(values), bad)
 
-    def add(self, terms: Terms, step: int) -> None:
+    def add(self, terms: Terms, gradient: Tensor, step: int) -> None:
+        """Count a step's terms in, and the length of its gradient."""
         values = _stacked(terms)
         self.sums += values
-        bad = ~torch.isfinite(values) & (self.first_bad < 0)
+        every = torch.cat([values, gradient.to(values)[None]])
+        bad = ~torch.isfinite(every) & (self.first_bad < 0)
         self.first_bad = torch.where(bad, float(step), self.first_bad)
         self.steps += 1
 
     def check(self, phase: str) -> None:
-        """Raise the sentence for the first term that was not finite."""
-        bad = [(s, n) for n, s in zip(self.names, self.first_bad.tolist(), strict=True) if s >= 0]
+        """Raise the sentence for the first term, or gradient, that was not finite."""
+        *terms, gradient = self.first_bad.tolist()
+        bad = [(s, n) for n, s in zip(self.names, terms, strict=True) if s >= 0]
+        step, name = min(bad, default=(float("inf"), ""))
+        if 0 <= gradient < step:
+            raise UserError(
+                f"the gradient became NaN or infinite at step {int(gradient)} of phase {phase!r}, "
+                f"where the loss ({', '.join(self.names)}) was finite, as that of a root or a "
+                "logarithm does at zero; lower the learning rate, or set clip_norm "
+                "(the last good checkpoint stands)"
+            )
         if bad:
-            step, name = min(bad)
             raise UserError(
                 f"the loss term {name!r} became NaN or infinite at step {int(step)} of phase "
                 f"{phase!r}; lower the learning rate or the term's weight (the last good "
@@ -128,8 +140,8 @@ class _Worker:
         for settings, group in zip(self.settings, self.optimiser.param_groups, strict=True):
             group["lr"] = settings.lr * settings.factor(epoch)
 
-    def __call__(self, batch: Batch) -> Terms:
-        """One step: forward, backward and update; the terms are detached."""
+    def __call__(self, batch: Batch) -> tuple[Terms, Tensor]:
+        """One step: forward, backward and update; the terms, detached, and the gradient's norm."""
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self.optimiser.zero_grad(set_to_none=True)
@@ -148,10 +160,15 @@ class _Worker:
                 value = value.detach() * share
                 total[name] = total[name] + value if name in total else value
         with stretch("optimiser"):
-            if self.update.settings.clip_norm is not None:
-                self.accelerator.clip_grad_norm_(self.parameters, self.update.settings.clip_norm)
+            clip, scaled = self.update.settings.clip_norm, self.accelerator.scaler is not None
+            if clip is not None:
+                norm = self.accelerator.clip_grad_norm_(self.parameters, clip)
+            elif not scaled:
+                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                norm = nn.utils.get_total_norm(gradients)
             self.optimiser.step()
-        return total
+        # A scaler skips a step that overflowed, and goes on.
+        return total, torch.zeros(()) if scaled else norm.detach()
 
 
 def _slices(batch: Batch, number: int) -> list[tuple[Batch, float]]:
@@ -253,6 +270,7 @@ class Trainer:
             result, seconds = self._solve(index, phase)
         else:
             raise TypeError(f"a phase is a Fit or a Solve, not {type(phase).__name__}")
+        _check_finite(phase)
         if self.main:
             state = {"modules": _state(phase), "result": result, "seconds": seconds}
             self.run.finish_phase(index, phase.name, state)
@@ -267,12 +285,14 @@ class Trainer:
         begun = time.monotonic()
         for module in phase.writes.values():
             module.to(self.device)
-        return phase.run(_Journal(self, index, phase)), time.monotonic() - begun
+        with memory.enough(lambda: f"the phase {phase.name!r}", "data.limit"):
+            return phase.run(_Journal(self, index, phase)), time.monotonic() - begun
 
     def _heard(self, number: int) -> None:
         if self._signal is not None:
-            raise KeyboardInterrupt
+            stop(number)
         self._signal = number
+        self.voice.say("stopping at the end of this step; once more stops at once")
 
     def stop_if_asked(self, save: Callable[[], None]) -> None:
         """Save and leave if a signal has arrived."""
@@ -312,7 +332,7 @@ class _Fitting:
         self.workers = [self._worker(update) for update in phase.updates]
         self.meters: list[_Meter | None] = [None for _ in self.workers]
         self.length = len(phase.batches)
-        self.epoch = self.step = 0
+        self.epoch = self.step = self.size = 0
         self.best: dict[str, Any] | None = None
         self.measures: dict[str, float] = {}
         self.profile: Profile | None = None
@@ -347,7 +367,8 @@ class _Fitting:
         trainer.voice.begin(phase.name, steps, self._steps_done())
         try:
             while self.epoch < phase.epochs and not self._out_of_patience():
-                self._epoch()
+                with memory.enough(self._where, "training.batch_size"):
+                    self._epoch()
         finally:
             trainer.voice.end()
             torch.set_num_threads(trainer.threads)
@@ -361,6 +382,9 @@ class _Fitting:
         self._speak()
         return self._seconds()
 
+    def _where(self) -> str:
+        return f"step {self._steps_done() + 1:,} of phase {self.phase.name!r}, {self.size} samples,"
+
     def _speak(self) -> None:
         text = f"{self.phase.name}: {self._steps_done():,} steps in {self._seconds():.1f} s"
         for name, value in list(self.measures.items())[:1]:
@@ -373,22 +397,22 @@ class _Fitting:
             module.train()
         batches = phase.batches.epoch(self.epoch, self.step)
         while (batch := self._next(batches)) is not None:
-            done = self._steps_done()
+            done, self.size = self._steps_done(), len(next(iter(batch.values())))
             if done == 0:
                 self._audit(batch)
             seed_all(phase.seed, done, self.rank)
             for number, worker in enumerate(self.workers):
                 worker.set_rate(phase.begun + self.epoch + self.step / self.length)
                 with self._only(worker):
-                    terms = worker(batch)
+                    terms, gradient = worker(batch)
                 meter = self.meters[number] or _Meter.like(terms)
-                meter.add(terms, done + 1)
+                meter.add(terms, gradient, done + 1)
                 self.meters[number] = meter
             self.step += 1
             if self.profile is not None:
                 self.profile.step()
             if (done + 1) % engine.log_every == 0:
-                self._log(len(next(iter(batch.values()))))
+                self._log(self.size)
             else:
                 self.trainer.voice.step(done + 1)
             self.trainer.stop_if_asked(self._save)
@@ -507,6 +531,7 @@ class _Fitting:
         for meter in self.meters:
             if meter is not None:
                 meter.check(self.phase.name)
+        _check_finite(self.phase)
         if self.trainer.main:
             self.trainer.run.checkpoints.write(self._snapshot())
         self.saved = time.monotonic()
@@ -552,6 +577,19 @@ class _Fitting:
 
 def _state(phase: Phase) -> dict[str, dict[str, Any]]:
     return {name: module.state_dict() for name, module in phase.modules().items()}
+
+
+def _check_finite(phase: Phase) -> None:
+    """Refuse to keep modules that training has ruined."""
+    for role, module in phase.modules().items():
+        broken = [n for n, p in module.named_parameters() if not p.isfinite().all()]
+        # A buffer may hold infinity on purpose, as masks do.
+        broken += [n for n, b in module.named_buffers() if b.isnan().any()]
+        if broken:
+            raise UserError(
+                f"{broken[0]} of the {role} became NaN or infinite in phase {phase.name!r}; lower "
+                "the learning rate (the last good checkpoint stands)"
+            )
 
 
 def _load(phase: Phase, state: Mapping[str, Mapping[str, Any]]) -> None:
