@@ -419,6 +419,23 @@ def evaluate(
             _echo(f"{name:<20}{value:.4f}")
 
 
+@app.command("check-data", epilog="Example: limbeck check-data voc:PATH --task detection")
+def check_data(
+    data: Annotated[str, typer.Argument(help="such as folder:PATH")],
+    task: Annotated[str, typer.Option(help="what the data are for")] = "classification",
+    assign: Set = None,
+) -> None:
+    """Read all of a data set and tell all of its faults at once."""
+    from limbeck.distillation import faults
+
+    found = faults(data, task, assign or ())
+    for sentence in found:
+        _echo(sentence)
+    if found:
+        raise UserError(f"{data} has {len(found):,} fault{'' if len(found) == 1 else 's'}")
+    _echo(f"{data} has no fault")
+
+
 @app.command(epilog="Example: limbeck predict run:runs/photos cat.jpg dog.jpg --top 3")
 def predict(
     model: Annotated[str, typer.Argument(help="run:PATH, file:PATH or a run folder")],

@@ -23,11 +23,12 @@ from limbeck import __version__
 from limbeck import data as sources
 from limbeck.data.batches import failure
 from limbeck.data.data import Data
+from limbeck.data.faults import gathered, tolerated
 from limbeck.errors import UserError, readable
 from limbeck.models import Input, build, described, load, profile, save, weights_given
 from limbeck.models.input import Intake
 from limbeck.models.spec import exists
-from limbeck.recipes import ModelPart, Recipe, validate
+from limbeck.recipes import ModelPart, Recipe, assigned, validate
 from limbeck.systems.classification.kd import KD
 from limbeck.tasks import domain
 from limbeck.tasks.classification import Classification
@@ -287,6 +288,21 @@ def measure(model: str, data: str, split: str = "test") -> dict[str, float]:
             voice=Voice(quiet=True),
         )
     return ground.task().measure(ground.network(model), ground.splits[split])
+
+
+def faults(source: str, task: str, assign: Sequence[str] = ()) -> list[str]:
+    """All that is wrong with a data source, one sentence each; ``assign`` as in a recipe."""
+    values = {"system": "", "task": task, "data": {"source": source}, "student": {"model": ""}}
+    recipe = validate(assigned(values, assign))
+    engine = recipe.engine
+    with gathered() as found, tolerated():
+        ground = domain(task)(
+            recipe.data, device=_device(engine), workers=engine.readers(), voice=Voice(quiet=True)
+        )
+        for split in ground.splits.values():
+            for _ in ground.task().batches(split, batch_size=64).epoch(0):
+                pass
+    return list(found)
 
 
 def recognise(model: str, files: Sequence[Path], top: int = 3) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from limbeck.data.data import Images, ResidentImages, Split
+from limbeck.data.faults import tolerated
 from limbeck.data.images import SUFFIXES, FileImages, decode_all, facts
 from limbeck.errors import UserError
 
@@ -71,7 +72,10 @@ def read_folder(root: Path, size: tuple[int, int] | None) -> Found:
         )
     classes = tuple(sorted({c for names in found.values() for c in names if c}))
     _check(root, found, classes)
-    headers = [facts(p, str(p)) for p in paths]
+    headers = []
+    for path in paths:
+        with tolerated():
+            headers.append(facts(path, str(path)))
     channels = 1 if all(grey for _, _, grey in headers) else 3
     if size is None:
         shorter = statistics.median(min(h, w) for h, w, _ in headers)

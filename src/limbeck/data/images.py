@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from limbeck.data.faults import tolerated
 from limbeck.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -119,7 +120,10 @@ class FileImages:
 
     def read(self, index: int) -> Tensor:
         path = self.paths[index]
-        return decode(path, self.channels, self.size, str(path))
+        with tolerated():
+            return decode(path, self.channels, self.size, str(path))
+        assert self.size is not None, "files are read at one size"
+        return torch.zeros(self.channels, *self.size, dtype=torch.uint8)
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -1,0 +1,46 @@
+"""What is wrong with a data set: the first fault ends a run, a check gathers them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from limbeck.errors import UserError
+
+# Of the process and not of a thread, as images are decoded by several.
+_gathered: dict[str, None] | None = None
+
+
+@contextmanager
+def tolerated() -> Iterator[None]:
+    """Around the reading of one sample: its fault is let through, or kept where all are gathered.
+
+    The code behind it goes on without the sample; what it comes to is of no use but for further
+    faults.
+    """
+    try:
+        yield
+    except UserError as error:
+        if _gathered is None:
+            raise
+        _gathered[str(error)] = None
+
+
+@contextmanager
+def gathered() -> Iterator[dict[str, None]]:
+    """Faults of samples read inside, in order, instead of an error at the first.
+
+    >>> with gathered() as faults:
+    ...     for number in range(2):
+    ...         with tolerated():
+    ...             raise UserError(f"sample {number} is damaged")
+    >>> list(faults)
+    ['sample 0 is damaged', 'sample 1 is damaged']
+    """
+    global _gathered
+    found: dict[str, None] = {}
+    before, _gathered = _gathered, found
+    try:
+        yield found
+    finally:
+        _gathered = before
