@@ -16,7 +16,7 @@ from torch import Tensor
 from limbeck.data.augment import uniforms
 from limbeck.data.batches import ImageBatches
 from limbeck.data.data import ResidentImages, Split
-from limbeck.data.splits import split_off_test, split_off_validation
+from limbeck.data.splits import completed
 from limbeck.training.task import Batch
 
 IGNORE = 255
@@ -92,16 +92,8 @@ class Pools:
 
     def completed(self, validation: float) -> Pools:
         """With ``train``, ``validation`` and ``test``: what is missing is held out of ``train``."""
-        splits, notes = dict(self.splits), list(self.notes)
-        if "test" not in splits:
-            splits["train"], splits["test"] = _parted(split_off_test(splits["train"]))
-            notes.append("20 % held out for testing")
-        if "validation" not in splits:
-            train, held = splits["train"], splits["train"].subset([], "validation")
-            if validation:
-                train, held = _parted(split_off_validation(train, validation))
-            splits["train"], splits["validation"] = train, held
-        return Pools(splits, self.classes, tuple(notes))
+        splits, notes = completed(self.splits, validation)
+        return Pools(splits, self.classes, (*self.notes, *notes))
 
     def describe(self, source: str) -> str:
         """What was found, in one sentence."""
@@ -109,13 +101,6 @@ class Pools:
         height, width = self.splits["train"].masks.shape[1:]
         text = f"{source}: {counts} scenes, {len(self.classes)} classes, {height} x {width}"
         return "; ".join([text, *self.notes])
-
-
-def _parted(parts: tuple[Split, Split]) -> tuple[Scenes, Scenes]:
-    one, other = parts
-    assert isinstance(one, Scenes)
-    assert isinstance(other, Scenes)
-    return one, other
 
 
 class Warp(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -39,6 +39,25 @@ def split_off_validation(train: S, fraction: float) -> tuple[S, S]:
 def split_off_test(pool: S, fraction: float = 0.2) -> tuple[S, S]:
     """Training and test split out of a pool of samples."""
     return hold_out(pool, fraction, "test", _TEST)
+
+
+def completed(splits: Mapping[str, S], validation: float) -> tuple[dict[str, S], list[str]]:
+    """``train``, ``validation`` and ``test``, and notes on what was held out of ``train`` for it.
+
+    Args:
+        splits: what there is, ``train`` among it.
+        validation: the share that is held out where there is no validation split.
+    """
+    train, notes = splits["train"], []
+    if "test" in splits:
+        test = splits["test"]
+    else:
+        train, test = split_off_test(train)
+        notes.append("20 % held out for testing")
+    held = splits.get("validation", train.subset([], "validation"))
+    if "validation" not in splits and validation:
+        train, held = split_off_validation(train, validation)
+    return {"train": train, "validation": held, "test": test}, notes
 
 
 def sample(split: S, most: int) -> S:
