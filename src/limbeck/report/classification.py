@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from limbeck.report.figures import (
     Panel,
     Picture,
     Section,
+    embedded,
     grid,
     panel,
     plain,
@@ -314,8 +313,6 @@ def _picture(
     image = Image.fromarray(np.ascontiguousarray(found.images[place]))
     small = max(image.size) <= 64
     image.thumbnail((_WIDEST, _WIDEST))
-    file = io.BytesIO()
-    image.save(file, format="PNG", optimize=True)
     true = found.classes[found.labels[found.positions[place]]]
     said = [
         (called[role].removesuffix(" student"), found.classes[answers[role][place]])
@@ -323,7 +320,7 @@ def _picture(
         if role in answers
     ]
     return Picture(
-        source="data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
+        source=embedded(image),
         alt=f"A test image of class {true}",
         lines=[("true", true), *said],
         small=small,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from limbeck.errors import UserError
 from limbeck.report.figures import (
@@ -16,6 +14,7 @@ from limbeck.report.figures import (
     Panel,
     Picture,
     Section,
+    embedded,
     grid,
     panel,
     plain,
@@ -68,7 +67,12 @@ def sections(run: Run) -> list[Section]:
     role = "student" if "student" in there else there[0]
     frames = lived[role]["frames"]
     pictures = [
-        Picture(_png(frame), f"frame {i + 1} of {called[role]}", [("", f"{i + 1}")], small=False)
+        Picture(
+            embedded(frame.numpy()),
+            f"frame {i + 1} of {called[role]}",
+            [("", f"{i + 1}")],
+            small=False,
+        )
         for i, frame in enumerate(frames)
     ]
     films = [Gallery("", pictures, f"{called[role]}, from the first step to the last.", large=True)]
@@ -96,11 +100,3 @@ def _course(
 
     ends = ", ".join(f"{called[role]} ends at {values[-1]:.4g}" for role, values in lines.items())
     return panel(anchor, f"{title} over the steps of an episode: {ends}", draw)
-
-
-def _png(pixels: Any) -> str:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

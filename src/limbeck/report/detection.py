@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.files import regular
-from limbeck.report.figures import Gallery, Picture, Section, plain
+from limbeck.report.figures import Gallery, Picture, Section, embedded, plain
 from limbeck.report.table import ROLES, names, roles
 from limbeck.training.run import Run
 
@@ -111,11 +109,9 @@ def _picture(
         )
         if len(boxes) <= NAMED:
             draw.text((left + 3, top + 1), plain(classes[int(label) - 1], 12), fill=colour)
-    file = io.BytesIO()
-    image.save(file, format="JPEG", quality=85)
     said = f"{len(boxes)} box{'' if len(boxes) == 1 else 'es'}"
     return Picture(
-        source="data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
+        source=embedded(image, "JPEG"),
         alt=f"Test image {number + 1}, {whose}: {said}",
         lines=[(whose, said)],
         small=False,

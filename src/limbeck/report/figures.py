@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import unicodedata
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from markupsafe import Markup
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from numpy.typing import NDArray
+    from PIL.Image import Image as Pixels
 
 # Matplotlib knows no CSS variables: it draws in these colours, and each becomes a variable that
 # the page sets once for light and once for dark.
@@ -183,6 +187,17 @@ def _value(key: str, value: str, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         value = value.replace(colour, variable)
     return value
+
+
+def embedded(image: Pixels | NDArray[np.uint8], format: Literal["PNG", "JPEG"] = "PNG") -> str:
+    """An image, or its pixels (H, W) or (H, W, 3), as the page holds it: a data address."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(file, format=format, optimize=True, quality=85)
+    content = base64.b64encode(file.getvalue()).decode("ascii")
+    return f"data:image/{format.lower()};base64,{content}"
 
 
 def plain(text: object, longest: int = 24) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.files import regular
-from limbeck.report.figures import Figure, Gallery, Picture, Section, panel, plain
+from limbeck.report.figures import Figure, Gallery, Picture, Section, embedded, panel, plain
 from limbeck.report.table import names, roles
 from limbeck.training.run import Run
 
@@ -90,7 +88,7 @@ def _masks(run: Run) -> list[Section]:
         tiles = [image, *(_coloured(mask, colours) for mask in masks)]
         pictures.append(
             Picture(
-                source=_png(_tiled(tiles)),
+                source=embedded(_tiled(tiles)),
                 alt=f"Test scene {number + 1}. {reading}",
                 lines=[("", f"test scene {number + 1}")],
                 small=True,
@@ -117,14 +115,6 @@ def _tiled(tiles: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         sheet[top : top + height, left : left + width] = tile
     times = max(1, _WIDE // sheet.shape[1])
     return sheet.repeat(times, 0).repeat(times, 1)
-
-
-def _png(pixels: NDArray[np.uint8]) -> str:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _legend(classes: list[str], colours: NDArray[np.uint8]) -> Figure:
