@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import get_model, list_models
 
 from limbeck.errors import UserError, did_you_mean
 from limbeck.models.dilated_resnet import DEPTHS, DilatedResNet
 from limbeck.models.enet import WIDTH, ENet
-from limbeck.models.input import Input
+from limbeck.models.input import Input, check_logits
 from limbeck.models.libraries import Offer, Order, Way
 
 NAMES = {
@@ -70,9 +70,7 @@ class SceneInput(Input):
         return {"": _own, "torchvision": _torchvision}
 
     def check(self, output: Any, classes: int) -> None:
-        if not isinstance(output, Tensor) or output.shape != (1, classes, *self.size):
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"it puts out {got} instead of {(1, classes, *self.size)}")
+        check_logits(output, classes, *self.size)
 
 
 @dataclass(frozen=True)

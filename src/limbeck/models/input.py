@@ -25,6 +25,7 @@ KINDS = {
     "boxed": "limbeck.models.detectors:BoxedInput",
     "scenes": "limbeck.models.dense:SceneInput",
     "lanes": "limbeck.models.dense:LaneInput",
+    "conditions": "limbeck.models.generators:ConditionInput",
     "observations": "limbeck.models.policy:Observations",
     "sentences": "limbeck.models.sentences:Sentences",
     "text": "limbeck.models.text:TextInput",
@@ -147,11 +148,11 @@ class Input(Intake):
         check_logits(output, classes)
 
 
-def check_logits(output: Any, classes: int) -> None:
-    """Raise where this is no output a class for one sample."""
-    if not isinstance(output, Tensor) or output.shape != (1, classes):
+def check_logits(output: Any, *shape: int) -> None:
+    """Raise where this is no output a class for one sample, or of this shape for it."""
+    if not isinstance(output, Tensor) or output.shape != (1, *shape):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"it puts out {got} instead of {(1, classes)}")
+        raise ValueError(f"it puts out {got} instead of {(1, *shape)}")
 
 
 def _per_channel(numbers: Sequence[float], like: Tensor) -> Tensor:

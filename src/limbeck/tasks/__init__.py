@@ -20,6 +20,7 @@ DOMAINS = {
     "lanes": "limbeck.tasks.scenes:ImageLanes",
     "text": "limbeck.tasks.text:Text",
     "translation": "limbeck.tasks.translation:ParallelText",
+    "generation": "limbeck.tasks.generation:ImageGeneration",
     "tabular": "limbeck.tasks.tabular:TableClassification",
 }
 """Task -> where its domain lies."""
