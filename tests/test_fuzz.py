@@ -32,7 +32,7 @@ from limbeck.training.run import Run
 
 # The soak draws its cases anew each time unless this says otherwise.
 SEED = int(os.environ.get("LIMBECK_FUZZ_SEED") or time.time())
-SECONDS, MEMORY = 60, 4 * 2**30
+SECONDS, MEMORY = 60, 8 * 2**30
 INTERNAL = re.compile(r"pydantic|object at 0x|<class|Traceback|ModelPart|Words\b|\[key\]|NoneType")
 
 # What is written.

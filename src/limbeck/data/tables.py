@@ -162,10 +162,7 @@ def _parse(source: str) -> tuple[str, Path | None]:
     kind, colon, rest = source.partition(":")
     known = [*EMBEDDED, *(f"{k}:PATH" for k in FILES)]
     text = rest if colon and kind in FILES else source
-    try:
-        path = plain.path(text)
-    except RuntimeError:
-        raise UserError(f"{text} begins with the home of a user who is not known here") from None
+    path = plain.path(text)
     if text and path.exists():
         return kind, path
     if (colon and kind in FILES) or "/" in source or source.startswith((".", "~")):

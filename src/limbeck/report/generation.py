@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.files import regular
 from limbeck.report.figures import Gallery, Picture, Section, embedded
 from limbeck.report.table import names, roles
 from limbeck.training.run import Run
@@ -40,7 +41,7 @@ def _made(run: Run, called: Mapping[str, str], known: Iterable[str]) -> list[Sec
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(run.path / "made.safetensors", framework="numpy") as file:
+        with safe_open(regular(run.path / "made.safetensors"), framework="numpy") as file:
             keys = file.keys()  # the file itself cannot be iterated over
             tensors = {key: file.get_tensor(key) for key in keys}
     except (OSError, SafetensorError):

@@ -12,6 +12,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from limbeck import plain
 from limbeck.data import pairs as sources
 from limbeck.data.augment import Augment
 from limbeck.data.data import Split
@@ -327,11 +328,11 @@ def _parsed(source: str) -> tuple[str, Path | None]:
     if kind == "pairs":
         if not rest:
             raise UserError("pairs: wants a path behind the colon, as in pairs:PATH")
-        path = Path(rest).expanduser()
+        path = plain.path(rest)
         if not path.exists():
             raise UserError(f"the data path {path} does not exist")
         return kind, path
-    if not Path(source).expanduser().exists() and kind not in sources.KINDS:
+    if not plain.path(source).exists() and kind not in sources.KINDS:
         raise UserError(
             f"there is no source of images {source!r}; "
             + did_you_mean(kind, ["photographs", "pairs", *sources.KINDS])
