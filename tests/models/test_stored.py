@@ -202,7 +202,7 @@ def test_a_forged_description_is_refused(
     [
         {"model": "mlp-20000-20000"},
         {"model": "mlp" + "-1" * 9000},
-        {"model": "wrn-100000-1"},
+        {"model": "wrn-1996-1"},
         {"model": "timm:vit_gigantic_patch14_clip_224"},
         {"model": "hf:vit", "config": {"model_type": "vit", "num_hidden_layers": 10**9}},
         {"classes": [str(number) for number in range(10**6)]},

@@ -239,6 +239,7 @@ def test_a_folder_may_move_and_settings_that_change_no_bit_may_be_edited(tmp_pat
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
 def test_what_cannot_be_written_in_a_folder_is_named(tmp_path, name):
     run = Run.create(tmp_path / "run", {})
+    (run.path / name).unlink(missing_ok=True)
     (run.path / name).mkdir()
     with pytest.raises(UserError, match=rf"{name} cannot be written: is a directory"), run.held():
         run.log({"step": 1})
