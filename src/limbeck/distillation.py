@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader
 
 from limbeck import __version__
@@ -46,6 +49,9 @@ from limbeck.training.run import FINDINGS, RECIPE, RESULT, Run
 from limbeck.training.task import Batch, Task, model_output
 from limbeck.training.teacher import Teacher
 from limbeck.training.trainer import Trainer
+
+_RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+"""How often torchrun has started this group of processes again."""
 
 
 @dataclass(frozen=True)
@@ -450,6 +456,16 @@ def _shape(model: nn.Module) -> tuple[type[nn.Module], dict[str, torch.Size]]:
 
 def _device(engine: Engine) -> torch.device:
     engine.settle()
+    if _RESTARTS and not dist.is_initialized():
+        # What the processes of the last attempt left in the agent's store would be taken for the
+        # addresses of these.
+        store, rank, world = next(rendezvous("env://"))
+        dist.init_process_group(
+            "gloo" if engine.on_cpu() else None,
+            store=PrefixStore(f"attempt-{_RESTARTS}", store),
+            rank=rank,
+            world_size=world,
+        )
     device: torch.device = PartialState(cpu=engine.on_cpu()).device
     return device
 
@@ -478,8 +494,7 @@ def _begin(job: _Job, out: Path | None, recipe: Mapping[str, Any]) -> Run:
 
 def _restarted(path: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether torchrun began this run before, and a process of it died."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return again and (path / RECIPE).is_file() and Run.open(path).recipe() == recipe
+    return _RESTARTS > 0 and (path / RECIPE).is_file() and Run.open(path).recipe() == recipe
 
 
 def fresh_name(facts: Mapping[str, Any]) -> Path:
