@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ def written(values: Mapping[str, Any]) -> str:
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
     # PyYAML would write this line break as it stands and read it as a space.
     return yaml.safe_dump(dict(values), sort_keys=False) if "\x85" in text else text
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or nested too deeply; the message is the end of a sentence.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def path(text: str) -> Path:

@@ -15,8 +15,9 @@ from torch import Tensor
 from limbeck import plain
 from limbeck.data.augment import uniforms
 from limbeck.data.batches import ImageBatches
-from limbeck.data.boxes import Annotated, read_coco, read_voc
+from limbeck.data.boxes import Annotated, Item, read_coco, read_voc
 from limbeck.data.data import Images, ResidentImages, Split
+from limbeck.data.faults import tolerated
 from limbeck.data.images import FileImages, decode, decode_all, facts
 from limbeck.data.splits import split_off_test
 from limbeck.errors import UserError, did_you_mean
@@ -280,8 +281,10 @@ class _Stretched(FileImages):
 
     def read(self, index: int) -> Tensor:
         path = self.paths[index]
-        pixels = decode(path, self.channels, None, str(path))
-        return pixels if tuple(pixels.shape[1:]) == self.size else _stretched(pixels, self.size)
+        with tolerated():
+            pixels = decode(path, self.channels, None, str(path))
+            return pixels if tuple(pixels.shape[1:]) == self.size else _stretched(pixels, self.size)
+        return self.blank()
 
 
 def _stretched(pixels: Tensor, size: Any) -> Tensor:
@@ -292,7 +295,15 @@ def _stretched(pixels: Tensor, size: Any) -> Tensor:
 def _scenes(found: Annotated, size: tuple[int, int] | None) -> dict[str, Boxed]:
     """Annotated files as splits over one store of pixels."""
     every = [item for items in found.splits.values() for item in items]
-    headers = [facts(item.path, str(item.path))[:2] for item in every]
+    # An image that has no header is laid out as the first that has one, while faults are gathered.
+    headers: list[tuple[int, int]] = []
+    broken: list[Item] = []
+    for item in every:
+        with tolerated():
+            headers.append(facts(item.path, str(item.path))[:2])
+            continue
+        broken.append(item)
+        headers.append(headers[0] if headers else (SIDE, SIDE))
     if size is None:
         size = headers[0]
         other = next((n for n, header in enumerate(headers) if header != size), None)
@@ -309,7 +320,9 @@ def _scenes(found: Annotated, size: tuple[int, int] | None) -> dict[str, Boxed]:
     boxes, labels = torch.zeros(len(every), most, 4), torch.zeros(len(every), most).long()
     for row, (item, (height, width)) in enumerate(zip(every, headers, strict=True)):
         own = torch.tensor(item.boxes, dtype=torch.float64).view(-1, 4)
-        item.check(own, height, width)
+        with tolerated():
+            if item not in broken:
+                item.check(own, height, width)
         scale = torch.tensor([size[1] / width, size[0] / height] * 2, dtype=torch.float64)
         limits = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
         boxes[row, : len(own)] = (own * scale).clamp(min=0).minimum(limits).float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from limbeck import plain
+from limbeck.data.faults import tolerated
 from limbeck.data.images import SUFFIXES
 from limbeck.errors import UserError, did_you_mean
+from limbeck.files import regular
 
 _WORDS = {"train": "train", "validation": "val", "test": "test"}
 """What each split is called in the names of files."""
@@ -78,14 +80,17 @@ def read_voc(root: Path) -> Annotated:
     if "train" not in splits:
         raise UserError(f"{lists} lists no images to train on: train.txt or trainval.txt is wanted")
     images = {path.stem: path for path in sorted((root / "JPEGImages").iterdir())}
-    raw = {name: _voc_boxes(root, name) for found in splits.values() for name in found}
+    raw: dict[str, list[tuple[str, bool, Box]]] = {}
+    for name in (name for found in splits.values() for name in found):
+        with tolerated():
+            raw[name] = _voc_boxes(root, name)
     occurring = {label for boxes in raw.values() for label, _, _ in boxes}
     listed = _listed(root / "classes.txt", whole=True)
     classes = tuple(listed or sorted(occurring))
     number = {name: place + 1 for place, name in enumerate(classes)}
     for name, boxes in raw.items():
-        for label, _, _ in boxes:
-            if label not in number:
+        for label in {label for label, _, _ in boxes} - set(classes):
+            with tolerated():
                 raise UserError(
                     f"{_annotation(root, name)} names the class {label!r}, which "
                     f"{root / 'classes.txt'} has not; {did_you_mean(label, classes)}"
@@ -95,13 +100,16 @@ def read_voc(root: Path) -> Annotated:
     for split, found in splits.items():
         items[split] = []
         for name in found:
-            if name not in images:
-                raise UserError(f"{root / 'JPEGImages'} has no image for {name}.xml")
-            kept = [entry for entry in raw[name] if _has_area(entry[2])]
-            dropped += len(raw[name]) - len(kept)
+            with tolerated():
+                if name not in images:
+                    raise UserError(f"{root / 'JPEGImages'} has no image for {name}.xml")
+            known = [entry for entry in raw.get(name, ()) if entry[0] in number]
+            kept = [entry for entry in known if _has_area(entry[2])]
+            dropped += len(known) - len(kept)
             labels = [-number[label] if hard else number[label] for label, hard, _ in kept]
             origin = _annotation(root, name)
-            items[split].append(Item(images[name], [box for _, _, box in kept], labels, origin))
+            if name in images:
+                items[split].append(Item(images[name], [box for _, _, box in kept], labels, origin))
     return Annotated(items, classes, _dropped(dropped))
 
 
@@ -136,11 +144,13 @@ def _voc_boxes(root: Path, name: str) -> list[tuple[str, bool, Box]]:
     if not path.is_file():
         raise UserError(f"{root / 'ImageSets' / 'Main'} lists {name}, but there is no {path}")
     try:
-        objects = ET.parse(path).getroot().findall("object")
-    except ET.ParseError as error:
+        root_element = ET.parse(path).getroot()
+    except (ET.ParseError, LookupError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    found = []
-    for thing in objects:
+    if root_element.tag != "annotation":
+        raise UserError(f"{path} is no annotation but holds <{root_element.tag}>")
+    found: list[tuple[str, bool, Box]] = []
+    for thing in root_element.findall("object"):
         label = (thing.findtext("name") or "").strip()
         corners = [thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         try:
@@ -182,7 +192,7 @@ def read_coco(path: Path) -> Annotated:
     for split, content in contents.items():
         if _categories(content, files[split]) != categories:
             raise UserError(f"{files[split]} has other categories than {first}")
-        used |= {entry.get("category_id") for entry in content["annotations"]}
+        used |= {_key(entry.get("category_id")) for entry in content["annotations"]}
     order = [key for key in sorted(categories) if key in used]
     number = {key: place + 1 for place, key in enumerate(order)}
     dropped, items = 0, {}
@@ -216,7 +226,7 @@ def _coco_files(path: Path) -> dict[str, Path]:
 
 def _coco_content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = plain.parse_json(regular(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged: it is not JSON ({error})") from None
     lists = ("images", "annotations", "categories")
@@ -229,9 +239,14 @@ def _coco_content(file: Path) -> dict[str, Any]:
 
 
 def _categories(content: Mapping[str, Any], file: Path) -> dict[int, str]:
-    found = {entry.get("id"): entry.get("name") for entry in content["categories"]}
-    if not all(isinstance(k, int) and isinstance(n, str) for k, n in found.items()):
-        raise UserError(f"{file} has a category without a whole number as id or without a name")
+    found: dict[int, str] = {}
+    for entry in content["categories"]:
+        key, name = entry.get("id"), entry.get("name")
+        if not isinstance(key, int) or not isinstance(name, str):
+            raise UserError(f"{file} has a category without a whole number as id or without a name")
+        if key in found:
+            raise UserError(f"{file} has two categories with the id {key}")
+        found[key] = name
     return found
 
 
@@ -239,35 +254,53 @@ def _coco_items(
     content: Mapping[str, Any], file: Path, root: Path, number: Mapping[int, int]
 ) -> tuple[list[Item], int]:
     """The items of one file, and how many boxes without area were left out."""
-    boxes: dict[Any, list[Box]] = {entry.get("id"): [] for entry in content["images"]}
+    boxes: dict[Any, list[Box]] = {}
+    for entry in content["images"]:
+        key = _key(entry.get("id"))
+        if key in boxes:
+            raise UserError(f"{file} has two images with the id {key!r}")
+        boxes[key] = []
     labels: dict[Any, list[int]] = {key: [] for key in boxes}
     dropped = 0
     for entry in content["annotations"]:
-        image, category, box = (entry.get(k) for k in ("image_id", "category_id", "bbox"))
-        if image not in boxes:
-            raise UserError(f"{file} has a box in image {image!r}, which it does not list")
-        if category not in number:
-            raise UserError(f"{file} has a box of category {category!r}, which it does not list")
-        corners = _corners(box)
-        if corners is None:
-            raise UserError(f"{file} has the box {box!r}; x, y, width and height are wanted")
-        if not _has_area(corners):
-            dropped += 1
-            continue
-        boxes[image].append(corners)
-        labels[image].append(-number[category] if entry.get("iscrowd") else number[category])
-    items = [
-        Item(_coco_image(entry, file, root), boxes[entry["id"]], labels[entry["id"]], file)
-        for entry in content["images"]
-        if "id" in entry
-    ]
+        with tolerated():
+            image, category = (_key(entry.get(k)) for k in ("image_id", "category_id"))
+            box = entry.get("bbox")
+            if image not in boxes:
+                raise UserError(f"{file} has a box in image {image!r}, which it does not list")
+            if category not in number:
+                raise UserError(
+                    f"{file} has a box of category {category!r}, which it does not list"
+                )
+            corners = _corners(box)
+            if corners is None:
+                raise UserError(f"{file} has the box {box!r}; x, y, width and height are wanted")
+            if not _has_area(corners):
+                dropped += 1
+                continue
+            boxes[image].append(corners)
+            labels[image].append(-number[category] if entry.get("iscrowd") else number[category])
+    items = []
+    for entry in content["images"]:
+        with tolerated():
+            key = _key(entry.get("id"))
+            items.append(Item(_coco_image(entry, file, root), boxes[key], labels[key], file))
     return items, dropped
+
+
+def _key(value: Any) -> Any:
+    """An id as it was read; text in place of what can be none."""
+    return value if isinstance(value, int | str) else repr(value)
 
 
 def _corners(box: Any) -> Box | None:
     if not isinstance(box, list) or len(box) != 4:
         return None
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in box):
+    try:
+        finite = all(isinstance(n, int | float) and math.isfinite(float(n)) for n in box)
+    except OverflowError:
+        finite = False
+    if not finite:
         return None
     x, y, width, height = box
     return (x, y, x + width, y + height)

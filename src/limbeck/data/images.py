@@ -35,7 +35,7 @@ def decode(source: Path | bytes, channels: int, size: tuple[int, int] | None, na
     Raises:
         UserError: the image cannot be read; the sentence holds ``name``.
     """
-    image = _opened(source, name)
+    image = opened(source, name)
     try:
         image = _in_mode(image, "L" if channels == 1 else "RGB")
         if size is not None and (image.height, image.width) != size:
@@ -48,7 +48,7 @@ def decode(source: Path | bytes, channels: int, size: tuple[int, int] | None, na
 
 def facts(source: Path | bytes, name: str) -> tuple[int, int, bool]:
     """Height, width and whether an image is grey, from its header."""
-    image = _opened(source, name)
+    image = opened(source, name)
     grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
     try:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -58,7 +58,12 @@ def facts(source: Path | bytes, name: str) -> tuple[int, int, bool]:
     return (width, height, grey) if turned else (height, width, grey)
 
 
-def _opened(source: Path | bytes, name: str) -> Image.Image:
+def opened(source: Path | bytes, name: str) -> Image.Image:
+    """An image file whose header was read.
+
+    Raises:
+        UserError: it is none of a known format, or a decompression bomb.
+    """
     try:
         with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -122,6 +127,10 @@ class FileImages:
         path = self.paths[index]
         with tolerated():
             return decode(path, self.channels, self.size, str(path))
+        return self.blank()
+
+    def blank(self) -> Tensor:
+        """What stands for an image that cannot be read while faults are gathered."""
         assert self.size is not None, "files are read at one size"
         return torch.zeros(self.channels, *self.size, dtype=torch.uint8)
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from limbeck.data.images import SUFFIXES, decode, decode_all
+from limbeck.data.faults import tolerated
+from limbeck.data.images import SUFFIXES, decode, decode_all, opened
 from limbeck.data.scenes import IGNORE, Pools
 from limbeck.errors import UserError
 
@@ -46,7 +47,7 @@ def read_masks(root: Path, size: tuple[int, int] | None, void: int | None) -> Po
     if "train" not in pairs:
         raise UserError(f"{root} holds no training images with masks; {_WANTED}")
     names = root / "classes.txt"
-    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
+    lines = _lines(names) if names.is_file() else []
     classes = tuple(line.strip() for line in lines if line.strip())
     if void is None and classes:
         void = len(classes)
@@ -72,17 +73,23 @@ def _pairs(root: Path, name: str) -> list[Pair]:
     if listed.is_file():
         return [
             _pair(root, listed, number, line)
-            for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1)
+            for number, line in enumerate(_lines(listed), 1)
             if line.strip()
         ]
     images, masks = root / name, root / f"{name}annot"
     if not images.is_dir() or not masks.is_dir():
         return []
     found = sorted(p for p in images.iterdir() if p.suffix.lower() in SUFFIXES)
-    for path in found:
-        if not (masks / f"{path.stem}.png").is_file():
-            raise UserError(f"{path} has no mask {masks / path.stem}.png")
-    return [(path, masks / f"{path.stem}.png") for path in found]
+    pairs = [(path, masks / f"{path.stem}.png") for path in found]
+    for path, mask in pairs:
+        with tolerated():
+            if not mask.is_file():
+                raise UserError(f"{path} has no mask {mask}")
+    return [(path, mask) for path, mask in pairs if mask.is_file()]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
 
 
 def _pair(root: Path, listed: Path, number: int, line: str) -> Pair:
@@ -105,6 +112,12 @@ def _read(
     masks = np.empty((len(pairs), *size), dtype=np.uint8)
 
     def read(index: int) -> Tensor:
+        with tolerated():
+            return together(index)
+        masks[index] = IGNORE
+        return torch.zeros(3, *size, dtype=torch.uint8)
+
+    def together(index: int) -> Tensor:
         image, mask = pairs[index]
         pixels = decode(image, 3, None, str(image))
         values = _mask(mask)
@@ -132,9 +145,9 @@ def _read(
 
 def _mask(path: Path) -> NDArray[np.int64]:
     try:
-        with Image.open(path) as image:
+        with opened(path, f"the mask {path}") as image:
             mode, values = image.mode, np.array(image)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"the mask {path} cannot be read as an image: {error}") from None
     if mode not in ("L", "P", "I", "I;16"):
         raise UserError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from limbeck.data import sources
 from limbeck.data.batches import ImageBatches
 from limbeck.data.data import Images, ResidentImages, Split
+from limbeck.data.faults import tolerated
 from limbeck.data.images import SUFFIXES, FileImages, decode, decode_all, facts
 from limbeck.data.masks import resized
 from limbeck.data.splits import completed
@@ -138,6 +139,11 @@ class PairedFiles(FileImages):
         return len(self.pairs)
 
     def read(self, index: int) -> Tensor:
+        with tolerated():
+            return self._stacked(index)
+        return self.blank()
+
+    def _stacked(self, index: int) -> Tensor:
         given, made = self.parts
         deepest = max(self.parts)
         both = [decode(path, deepest, None, str(path)) for path in self.pairs[index]]
@@ -245,7 +251,13 @@ def read_pairs(root: Path, size: tuple[int, int] | None, direction: Direction) -
     if "train" not in found:
         raise UserError(f"{root} holds no training pairs; {_WANTED}")
     every = [pair for pairs in found.values() for pair in pairs]
-    headers = [facts(path, str(path)) for pair in every for path in pair]
+    headers = []
+    for path in (path for pair in every for path in pair):
+        with tolerated():
+            headers.append(facts(path, str(path)))
+            continue
+        # While faults are gathered, it stands for a picture that cannot be read.
+        headers.append((SIDE, 2 * SIDE, False))
     halved = len(every[0]) == 1
     if halved:
         for (path, *_), (height, width, _) in zip(every, headers, strict=True):
@@ -276,6 +288,7 @@ def _pairs(root: Path, name: str) -> list[tuple[Path, ...]]:
     if first == second:
         return [(path,) for path in files]
     for path in files:
-        if not (second / path.name).is_file():
-            raise UserError(f"{path} has no partner {second / path.name}")
-    return [(path, second / path.name) for path in files]
+        with tolerated():
+            if not (second / path.name).is_file():
+                raise UserError(f"{path} has no partner {second / path.name}")
+    return [(path, second / path.name) for path in files if (second / path.name).is_file()]

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from limbeck import plain
 from limbeck.data.augment import uniforms
+from limbeck.data.faults import tolerated
 from limbeck.errors import UserError, did_you_mean
+from limbeck.files import regular
 
 KINDS = ("numbers", "parallel", "tsv", "jsonl")
 
@@ -325,13 +327,14 @@ def _tsv(path: Path, languages: _Languages) -> tuple[tuple[str, str], _Pools]:
         columns, begin = (heading.index(languages[0]), heading.index(languages[1])), 1
     pairs: tuple[list[str], list[str]] = ([], [])
     for number, row in enumerate(rows[begin:], begin + 1):
-        if len(row) <= max(columns):
-            raise UserError(
-                f"row {number} of {path} has {len(row)} columns, not {max(columns) + 1} or more "
-                "parted by tabs"
-            )
-        for cells, column in zip(pairs, columns, strict=True):
-            cells.append(_clean(row[column]))
+        with tolerated():
+            if len(row) <= max(columns):
+                raise UserError(
+                    f"row {number} of {path} has {len(row)} columns, not {max(columns) + 1} or "
+                    "more parted by tabs"
+                )
+            for cells, column in zip(pairs, columns, strict=True):
+                cells.append(_clean(row[column]))
     return languages or ("column 1", "column 2"), {"train": pairs}
 
 
@@ -341,7 +344,7 @@ def _jsonl(path: Path, languages: _Languages) -> tuple[tuple[str, str], _Pools]:
         if not line:
             continue
         try:
-            found = json.loads(line)
+            found = plain.parse_json(line)
         except ValueError:
             raise UserError(f"line {number} of {path} is no JSON") from None
         # As in data sets of translations on the Hugging Face Hub.
@@ -377,11 +380,17 @@ _READERS: dict[str, Callable[[Path, _Languages], tuple[tuple[str, str], _Pools]]
 }
 
 
+MOST_BYTES = 2**30
+"""A longer text is no corpus to be held in memory, or a small file that swells."""
+
+
 def _lines(path: Path, strip: bool = True) -> list[str]:
-    content = path.read_bytes()
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with opened(regular(path), "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{path} holds more than the {MOST_BYTES:,} bytes that are read")
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path} is damaged: it is no whole gzip file") from None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from limbeck import plain
 from limbeck.data.data import Samples
+from limbeck.data.faults import tolerated
 from limbeck.data.splits import split_off_test, split_off_validation
 from limbeck.errors import UserError, did_you_mean
 from limbeck.models.table import Column, TableInput
@@ -132,7 +133,13 @@ def load(
     if not inputs:
         raise UserError(f"{source} has no column beside the classes to learn from")
     seen = splits["train"].rows.numpy()
-    found = [_column(whole[n], n, n in categorical, seen, source) for n in inputs]
+    found = []
+    for n in inputs:
+        with tolerated():
+            found.append(_column(whole[n], n, n in categorical, seen, source))
+            continue
+        # While faults are gathered, it stands for a column that is of no use.
+        found.append((Column(n), np.zeros(len(labels), np.float32)))
     cells = torch.from_numpy(np.stack([numbers for _, numbers in found], 1))
     splits = {name: replace(rows, cells=cells) for name, rows in splits.items()}
     _check_classes(splits, classes, source)
@@ -272,6 +279,11 @@ def _labels(column: pa.ChunkedArray, name: str, source: str) -> tuple[Tensor, tu
     if column.null_count:
         row = column.is_null().to_pylist().index(True) + 1
         raise UserError(f"{source}: row {row:,} has no class in the column {name!r}")
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        raise UserError(
+            f"{source}: the column {name!r} holds {column.type} and no classes: numbers or text "
+            "in UTF-8 are wanted; another one is named with --set data.label=NAME"
+        )
     values = column.unique().to_pylist()
     if pa.types.is_floating(column.type) and not all(float(v).is_integer() for v in values):
         raise UserError(
@@ -297,9 +309,12 @@ def _column(
     kind = column.type
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     if pa.types.is_nested(kind) or pa.types.is_binary(kind):
-        raise UserError(f"{source}: the column {name!r} holds {kind}, neither numbers nor text")
+        raise UserError(
+            f"{source}: the column {name!r} holds {kind}, neither numbers nor text in UTF-8; leave "
+            f"it out with --set data.drop=[{name}]"
+        )
     if number and not categorical:
-        cells = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        cells = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         if np.isinf(cells).any() or np.isinf(cells.astype(np.float32)).any():
             row = int(np.isinf(cells.astype(np.float32)).argmax()) + 1
             raise UserError(f"{source}: row {row:,} of the column {name!r} is infinite")

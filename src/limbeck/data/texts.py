@@ -18,6 +18,7 @@ from torch import Tensor
 from limbeck import plain
 from limbeck.data import grammar
 from limbeck.data.data import Samples
+from limbeck.data.faults import tolerated
 from limbeck.data.splits import split_off_test, split_off_validation
 from limbeck.errors import UserError, did_you_mean
 from limbeck.extras import need
@@ -293,31 +294,36 @@ def _table(path: Path, **style: Any) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, **style)
         headings = next(lines, [])
+        if len(set(headings)) < len(headings):
+            raise UserError(f"{path} names a column twice in its first line: {', '.join(headings)}")
         rows: list[Row] = []
         for cells in lines:
             if not cells:
                 continue
-            if len(cells) != len(headings):
-                raise UserError(
-                    f"{path}, line {lines.line_num}: {len(cells)} columns instead of the "
-                    f"{len(headings)} that the first line names ({', '.join(headings)})"
-                )
-            rows.append(dict(zip(headings, cells, strict=True)))
+            with tolerated():
+                if len(cells) != len(headings):
+                    raise UserError(
+                        f"{path}, line {lines.line_num}: {len(cells)} columns instead of the "
+                        f"{len(headings)} that the first line names ({', '.join(headings)})"
+                    )
+                rows.append(dict(zip(headings, cells, strict=True)))
     return rows
 
 
 def _lines(path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    # Not splitlines(): a text may hold what that takes for the end of a line.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = plain.parse_json(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: no JSON object, as in {{'text': ...}}")
-        rows.append(row)
+        with tolerated():
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: no JSON object, as in {{'text': ...}}")
+            rows.append(row)
     return rows
 
 
@@ -386,7 +392,11 @@ def _data(
         for name, rows in tables.items()
         if name == "train" or any(str(row.get(label, "")) not in ("", "-1") for row in rows)
     }
-    said = sorted({_label(row, label, origin["train"], n) for n, row in enumerate(kept["train"])})
+    names = set()
+    for number, row in enumerate(kept["train"]):
+        with tolerated():
+            names.add(_label(row, label, origin["train"], number))
+    said = sorted(names)
     if not 2 <= len(said) <= MOST_CLASSES:
         raise UserError(
             f"{origin['train']}: the column {label!r} holds {len(said)} different values; labels "
@@ -424,22 +434,32 @@ def _samples(
     numbers = {name: number for number, name in enumerate(classes)}
     texts, labels = [], []
     for number, row in enumerate(rows):
-        said = _label(row, label, where, number)
-        if said not in numbers:
-            raise UserError(
-                f"{where}, sample {number + 1}: the label {said!r} is none of the training "
-                f"samples'; {did_you_mean(said, classes)}"
-            )
-        strings = tuple(row.get(column) for column in columns)
-        if not all(isinstance(text, str) for text in strings):
-            raise UserError(
-                f"{where}, sample {number + 1}: the column {columns[0]!r} holds no text"
-                if len(columns) == 1
-                else f"{where}, sample {number + 1}: {' and '.join(columns)} do not both hold text"
-            )
-        texts.append(tuple(map(str, strings)))
-        labels.append(numbers[said])
+        with tolerated():
+            said = _label(row, label, where, number)
+            if said not in numbers:
+                raise UserError(
+                    f"{where}, sample {number + 1}: the label {said!r} is none of the training "
+                    f"samples'; {did_you_mean(said, classes)}"
+                )
+            strings = tuple(row.get(column) for column in columns)
+            if not all(map(_is_text, strings)):
+                raise UserError(
+                    f"{where}, sample {number + 1}: the column {columns[0]!r} holds no text"
+                    if len(columns) == 1
+                    else f"{where}, sample {number + 1}: {' and '.join(columns)} do not both hold "
+                    "text"
+                )
+            texts.append(tuple(map(str, strings)))
+            labels.append(numbers[said])
     return tuple(texts), torch.tensor(labels)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that can be written; half of a pair of surrogates cannot."""
+    try:
+        return isinstance(value, str) and bool(value.encode("utf-8") or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def passages(path: Path) -> tuple[str, ...]:

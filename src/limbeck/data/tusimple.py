@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from limbeck import plain
+from limbeck.data.faults import tolerated
 from limbeck.data.images import decode, decode_all
 from limbeck.data.masks import resized
 from limbeck.data.scenes import Lanes, Pools
 from limbeck.errors import UserError
+from limbeck.files import regular
 
 WIDTH = 16 / 1280
 """How wide a lane is drawn, as a share of the image's width."""
@@ -105,24 +107,32 @@ def read_tusimple(root: Path, size: tuple[int, int], number: int) -> Pools:
 def _labels(root: Path, path: Path) -> list[tuple[Path, Tensor, Tensor]]:
     """Frame, columns and rows of each line of a label file."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {path}"
-        try:
-            entry: Any = json.loads(line)
-            rows = torch.tensor(entry["h_samples"], dtype=torch.int64)
-            x = torch.tensor(entry["lanes"], dtype=torch.float64).view(-1, len(rows))
-            frame = root / str(entry["raw_file"])
-        except (ValueError, KeyError, TypeError, RuntimeError):
-            raise UserError(
-                f"{where} is no label: wanted is a JSON object with h_samples, lanes (a column for "
-                "each of these rows) and raw_file"
-            ) from None
-        if not frame.is_file():
-            raise UserError(f"the frame {frame}, which {where} names, does not exist")
-        found.append((frame, x, rows))
+    try:
+        lines = regular(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with tolerated():
+                found.append(_label(root, line, f"line {number} of {path}"))
     return found
+
+
+def _label(root: Path, line: str, where: str) -> tuple[Path, Tensor, Tensor]:
+    """Frame, columns and rows of a line."""
+    try:
+        entry: Any = plain.parse_json(line)
+        rows = torch.tensor(entry["h_samples"], dtype=torch.int64)
+        x = torch.tensor(entry["lanes"], dtype=torch.float64).view(-1, len(rows))
+        frame = root / str(entry["raw_file"])
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        raise UserError(
+            f"{where} is no label: wanted is a JSON object with h_samples, lanes (a column for "
+            "each of these rows) and raw_file"
+        ) from None
+    if not frame.is_file():
+        raise UserError(f"the frame {frame}, which {where} names, does not exist")
+    return frame, x, rows
 
 
 def _frames(
