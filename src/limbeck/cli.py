@@ -424,16 +424,23 @@ def check_data(
     data: Annotated[str, typer.Argument(help="such as folder:PATH")],
     task: Annotated[str, typer.Option(help="what the data are for")] = "classification",
     assign: Set = None,
+    as_json: Json = False,
 ) -> None:
     """Read all of a data set and tell all of its faults at once."""
     from limbeck.distillation import faults
+    from limbeck.training.progress import Voice
 
-    found = faults(data, task, assign or ())
-    for sentence in found:
+    voice = Voice()
+    with voice.console.capture() as said:
+        found = faults(data, task, assign or (), voice)
+    if as_json:
+        _echo(json.dumps({"data": data, "found": said.get().splitlines(), "faults": found}))
+    for sentence in () if as_json else found:
         _echo(sentence)
     if found:
         raise UserError(f"{data} has {len(found):,} fault{'' if len(found) == 1 else 's'}")
-    _echo(f"{data} has no fault")
+    if not as_json:
+        _echo(f"{said.get()}{data} has no fault")
 
 
 @app.command(epilog="Example: limbeck predict run:runs/photos cat.jpg dog.jpg --top 3")

@@ -296,18 +296,26 @@ def measure(model: str, data: str, split: str = "test") -> dict[str, float]:
     return ground.task().measure(ground.network(model), ground.splits[split])
 
 
-def faults(source: str, task: str, assign: Sequence[str] = ()) -> list[str]:
+def faults(
+    source: str, task: str, assign: Sequence[str] = (), voice: Voice | None = None
+) -> list[str]:
     """All that is wrong with a data source, one sentence each; ``assign`` as in a recipe."""
     values = {"system": "", "task": task, "data": {"source": source}, "student": {"model": ""}}
     recipe = validate(assigned(values, assign))
     engine = recipe.engine
+    voice = voice or Voice(quiet=True)
     with gathered() as found, tolerated():
-        ground = domain(task)(
-            recipe.data, device=_device(engine), workers=engine.readers(), voice=Voice(quiet=True)
-        )
-        for split in ground.splits.values():
-            for _ in ground.task().batches(split, batch_size=64).epoch(0):
-                pass
+        try:
+            # In this process, where the faults are gathered.
+            ground = domain(task)(recipe.data, device=_device(engine), workers=0, voice=voice)
+            for split in {id(split): split for split in ground.splits.values()}.values():
+                for _ in ground.task().batches(split, batch_size=64).epoch(0):
+                    pass
+        except UserError:
+            raise
+        except Exception:  # what is left of a data set without its faulty samples
+            if not found:
+                raise
     return list(found)
 
 

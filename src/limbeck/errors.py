@@ -47,6 +47,11 @@ def readable(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        # The one is Python's and NumPy's, the other torch's.
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"{what} cannot be read: it wants more memory than there is") from None
     except OSError as error:
         reason = (error.strerror or str(error) or type(error).__name__).lower()
         where = f" ({error.filename})" if error.filename else ""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from limbeck.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Of the process and not of a thread, as images are decoded by several.
 _gathered: dict[str, None] | None = None
@@ -24,6 +28,28 @@ def tolerated() -> Iterator[None]:
         if _gathered is None:
             raise
         _gathered[str(error)] = None
+
+
+def each(read: Callable[[T], R], parts: Iterable[T]) -> list[R]:
+    """What is read of every part of a whole that is of no use without one of them.
+
+    Where faults are gathered, the parts behind a faulty one are read all the same.
+
+    Raises:
+        UserError: of a part that cannot be read.
+    """
+    read_ones = []
+    fault: UserError | None = None
+    for part in parts:
+        try:
+            read_ones.append(read(part))
+        except UserError as error:
+            fault = error
+            with tolerated():
+                raise
+    if fault is not None:
+        raise fault
+    return read_ones
 
 
 @contextmanager

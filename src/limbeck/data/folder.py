@@ -23,6 +23,7 @@ _SPLITS = {
     "validation": "validation",
     "test": "test",
 }
+_FOREIGN = {"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 _SIDES = (32, 64, 96, 128, 160, 224)
 _RESIDENT = 512 * 2**20
 
@@ -107,13 +108,20 @@ def _sub_folders(folder: Path, root: Path) -> list[Path]:
 
 
 def _entries(folder: Path, root: Path) -> list[Path]:
-    """What a folder holds, in order; a link that leads out of the root is refused."""
-    base = root.resolve()
+    """What a folder holds, in order, but what is hidden or an operating system's own."""
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    for path in entries:
-        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(base):
+    return [p for p in entries if p.name not in _FOREIGN and _sound(p, root)]
+
+
+def _sound(path: Path, root: Path) -> bool:
+    """Whether a path may be read; a link that leads out, a pipe and a device are faults."""
+    with tolerated():
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root.resolve()):
             raise UserError(f"{path} is a link that leads out of {root}; copy the file instead")
-    return entries
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise UserError(f"{path} is a device or a pipe and no image; remove it")
+        return True
+    return False
 
 
 def _by_class(folder: Path, root: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
@@ -128,9 +136,7 @@ def _by_class(folder: Path, root: Path, ignored: Counter[str]) -> dict[str, list
             for inside in sorted(path.rglob("*")):
                 if any(part.startswith(".") for part in inside.relative_to(path).parts):
                     continue
-                if inside.is_symlink():
-                    _entries(inside.parent, root)
-                if inside.is_file():
+                if _sound(inside, root) and inside.is_file():
                     _file(inside, own, ignored)
     return {name: files for name, files in found.items() if files or name}
 
@@ -146,12 +152,15 @@ def _check(root: Path, found: dict[str, dict[str, list[Path]]], classes: tuple[s
     for name, by_class in found.items():
         where = root / name if name else root
         if "" in by_class and len(by_class) > 1:
-            raise UserError(
-                f"{by_class[''][0]} lies beside class folders in {where}; move it into one of them"
-            )
+            with tolerated():
+                raise UserError(
+                    f"{by_class[''][0]} lies beside class folders in {where}; move it into one of "
+                    "them"
+                )
         for label, files in by_class.items():
-            if not files:
-                raise UserError(f"the class folder {where / label} holds no images")
+            with tolerated():
+                if not files:
+                    raise UserError(f"the class folder {where / label} holds no images")
     if len(classes) == 1:
         raise UserError(
             f"the data folder {root} has the one class {classes[0]!r}; a classifier needs two or "
@@ -159,10 +168,11 @@ def _check(root: Path, found: dict[str, dict[str, list[Path]]], classes: tuple[s
         )
     train = found.get("train", found.get("", {}))
     for label in classes:
-        if label not in train:
-            raise UserError(f"the class {label!r} has images for testing but none for training")
-        if "" in found and len(found[""][label]) < 3:
-            raise UserError(
-                f"the class {label!r} in {root} has {len(found[''][label])} images; training, "
-                "validation and test need at least 3"
-            )
+        with tolerated():
+            if label not in train:
+                raise UserError(f"the class {label!r} has images for testing but none for training")
+            if "" in found and 0 < len(found[""][label]) < 3:
+                raise UserError(
+                    f"the class {label!r} in {root} has {len(found[''][label])} images; training, "
+                    "validation and test need at least 3"
+                )

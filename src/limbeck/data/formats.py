@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +20,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from limbeck import memory
+from limbeck.data.faults import each, tolerated
 from limbeck.data.images import decode, decode_all, facts
 from limbeck.errors import UserError, did_you_mean
+from limbeck.files import regular
 
 _MEMBER = 2**30  # no official archive holds a file of this size
+_NAMES = 2**20  # nor names and the like that are longer than this
+_COPIES = 3  # bytes, pixels and the whole that they are joined to are in memory at once
 
 Pool = tuple[Tensor, Tensor | None]
 """Pixels (N, C, H, W) uint8 and labels (N,) int64, if any."""
@@ -36,36 +41,51 @@ def read_idx(path: Path) -> Tensor:
         UserError: no IDX file, or its header and its length disagree.
     """
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        with regular(path).open("rb") as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            return _idx(gzip.open(plain) if packed else plain, path)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+
+
+def _idx(file: IO[bytes] | gzip.GzipFile, path: Path) -> Tensor:
+    """No more is read than the header announces, however much there is."""
+    start = file.read(4)
+    if len(start) < 4 or start[:3] != b"\x00\x00\x08":
         raise UserError(f"{path} is no IDX file of unsigned bytes")
-    dimensions = raw[3]
-    start = 4 + 4 * dimensions
-    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-    if len(raw) < start:
+    header = file.read(4 * start[3])
+    shape = [int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4)]
+    if len(header) < 4 * start[3]:
         raise UserError(f"{path} ends within its header")
     if not shape or 0 in shape:
         raise UserError(f"{path} holds no data")
-    if len(raw) - start != math.prod(shape):
-        raise UserError(
-            f"{path} announces {' x '.join(map(str, shape))} bytes in its header but holds "
-            f"{len(raw) - start:,}"
-        )
-    return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(shape)
+    size = math.prod(shape)
+    announced = f"{path} announces {' x '.join(map(str, shape))} bytes in its header"
+    memory.check(f"{announced}, which", min(size, 2**62))
+    raw = bytearray()
+    while len(raw) <= size and (part := file.read(2**20)):
+        raw += part
+    if len(raw) != size:
+        raise UserError(f"{announced} but holds {f'{len(raw):,}' if len(raw) < size else 'more'}")
+    return torch.frombuffer(raw, dtype=torch.uint8).view(shape)
 
 
 def idx_pool(folder: Path, stem: str) -> Pool | None:
     """Images and labels of an MNIST-like split (``train`` or ``t10k``), or ``None`` if absent."""
-    images, labels = (
-        next((p for p in sorted(folder.glob(f"{stem}-{kind}*ubyte*")) if p.is_file()), None)
+    files = [
+        min(folder.glob(f"{stem}-{kind}*ubyte*"), key=lambda p: (not p.is_file(), p), default=None)
         for kind in ("images", "labels")
-    )
-    if images is None or labels is None:
+    ]
+    there = [file for file in files if file is not None]
+    if not there:
         return None
-    pixels, numbers = read_idx(images), read_idx(labels).long()
+    if len(there) == 1:
+        absent = "images" if files[0] is None else "labels"
+        raise UserError(f"{there[0]} has no {stem}-{absent} beside it")
+    images, labels = there
+    pixels, numbers = each(read_idx, there)
+    numbers = numbers.long()
     if (pixels.ndim, numbers.ndim) != (3, 1):
         raise UserError(
             f"{images.name} and {labels.name} in {folder} have {pixels.ndim} and {numbers.ndim} "
@@ -158,8 +178,13 @@ def cifar_pickle(raw: bytes, name: str, coarse: bool | None) -> Pool:
         absent = [k for k in ("data", key) if k not in batch]
         if absent:
             raise UserError(f"{name} has no {absent[0]!r}; it has {', '.join(map(str, batch))}")
-        pixels = torch.from_numpy(np.array(batch["data"], dtype=np.uint8)).reshape(-1, 3, 32, 32)
-        labels = torch.tensor(batch[key], dtype=torch.int64).flatten()
+        data, numbers = np.array(batch["data"]), np.array(batch[key])
+        if data.dtype != np.uint8 or data.shape[1:] not in ((3072,), (3, 32, 32)):
+            raise ValueError(f"data are {data.dtype} of shape {data.shape}, not uint8 (N, 3072)")
+        if numbers.dtype.kind not in "iu" and numbers.size:
+            raise ValueError(f"labels are {numbers.dtype} and no whole numbers")
+        pixels = torch.from_numpy(data).reshape(-1, 3, 32, 32)
+        labels = torch.from_numpy(numbers.astype(np.int64)).flatten()
     except UserError:
         raise
     except Exception as error:  # a foreign pickle can fail in any way
@@ -198,32 +223,52 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Paths and contents of a file, a folder's files, or an archive's, which is not unpacked."""
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            if file.suffix in (".bin", "") or "batch" in file.name:
+def members(path: Path, wanted: Callable[[str], Any]) -> Iterator[tuple[str, bytes]]:
+    """Paths and contents of a file, a folder's files, or an archive's, which is not unpacked.
+
+    Args:
+        wanted: whether a file of this name, without its folder, is read.
+    """
+    if path.is_dir() or not {".tar", ".tgz", ".gz", ".bz2", ".xz"} & set(path.suffixes):
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if wanted(file.name) and not file.is_dir():
+                memory.check(str(file), _COPIES * regular(file).stat().st_size)
                 yield str(file), file.read_bytes()
         return
-    if not {".tar", ".tgz", ".gz", ".bz2", ".xz"} & set(path.suffixes):
-        yield str(path), path.read_bytes()
-        return
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Member) as archive:
             for member in archive:
                 inside = PurePosixPath(member.name)
                 if ".." in inside.parts or inside.is_absolute():
                     raise UserError(f"{path} holds {member.name!r}, which climbs out of it")
-                if member.size > _MEMBER:
-                    raise UserError(f"{path} holds {member.name!r} of {member.size:,} bytes")
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is not None:
+                if wanted(inside.name) and (content := _content(archive, member)) is not None:
+                    memory.check(str(path / inside), _COPIES * member.size)
                     yield str(path / inside), content.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path} is no readable tar archive: {_first_line(error)}") from None
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        # Tarfile's own list of all that was tried says less than the name.
+        reason = "" if "\n" in str(error) else f": {_first_line(error)}"
+        raise UserError(f"{path} is no readable tar archive{reason}") from None
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
+    return archive.extractfile(member) if member.isfile() else None
+
+
+class _Member(tarfile.TarInfo):
+    """What an archive's header announces, if it is of a size to be believed."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.size > (_MEMBER if found.isreg() else _NAMES):
+            raise ValueError(f"it holds {found.name!r} of {found.size:,} bytes")
+        return found
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -236,12 +281,7 @@ def parquet_pool(
     The image column holds encoded bytes, bare or as the struct {bytes, path}; labels are numbers
     or names.
     """
-    tables = []
-    for path in paths:
-        try:
-            tables.append(pq.read_table(path))
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
+    tables = each(_table, paths)
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowException:
@@ -260,9 +300,12 @@ def parquet_pool(
             row -= length
         raise IndexError(row)
 
+    absent = set()
     for row, blob in enumerate(blobs):
         if not isinstance(blob, bytes) or not blob:
-            raise UserError(f"{where(row)}: column {column!r} holds no image bytes")
+            absent.add(row)
+            with tolerated():
+                raise UserError(f"{where(row)}: column {column!r} holds no image bytes")
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
     name = _label_column(table, label, paths[0])
@@ -270,11 +313,31 @@ def parquet_pool(
         labels, classes = _labels(table.column(name), name, where)
         classes = classes or _hub_names(table, name)
     # Not every header: reading them all takes as long as decoding. The rows are spread evenly.
-    sampled = [facts(blobs[i], where(i)) for i in range(0, len(blobs), -(-len(blobs) // 64))]
+    there = [row for row in range(len(blobs)) if row not in absent]
+    sampled = []
+    for row in there[:: -(-len(blobs) // 64)]:
+        with tolerated():
+            sampled.append(facts(blobs[row], where(row)))
     channels = 1 if all(grey for _, _, grey in sampled) else 3
-    side = size or (sampled[0][0], sampled[0][1])
-    pixels = decode_all(len(blobs), lambda i: decode(blobs[i], channels, side, where(i)))
-    return pixels, labels, classes
+    side = size or (sampled[0][:2] if sampled else (1, 1))
+
+    def read(row: int) -> Tensor:
+        with tolerated():
+            if row not in absent:
+                return decode(blobs[row], channels, side, where(row))
+        return torch.zeros(channels, *side, dtype=torch.uint8)
+
+    return decode_all(len(blobs), read), labels, classes
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        groups = pq.read_metadata(regular(path))
+        sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
+        memory.check(str(path), sum(sizes))
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
 
 
 def _image_column(table: pa.Table, path: Path) -> str:
@@ -304,16 +367,21 @@ def _labels(
     column: pa.ChunkedArray, name: str, where: Callable[[int], str]
 ) -> tuple[Tensor, tuple[str, ...]]:
     values = column.to_pylist()
+    kind = type(next((value for value in values if value is not None), 0))
+
+    if kind not in (int, bool, str):
+        raise UserError(f"{where(0)}: column {name!r} holds neither a whole number nor a name")
     for row, value in enumerate(values):
-        if value is None:
-            raise UserError(f"{where(row)}: column {name!r} holds no label")
-        if not isinstance(value, type(values[0])) or not isinstance(value, (int, str)):
-            raise UserError(
-                f"{where(row)}: column {name!r} holds neither a whole number nor a name"
-            )
-        if isinstance(value, int) and not 0 <= value < 2**31:
-            raise UserError(f"{where(row)}: column {name!r} holds {value}; classes count from 0")
-    if isinstance(values[0], int):
+        with tolerated():
+            if value is None:
+                values[row] = kind()
+                raise UserError(f"{where(row)}: column {name!r} holds no label")
+            if kind is int and not 0 <= value < 2**31:
+                values[row] = 0
+                raise UserError(
+                    f"{where(row)}: column {name!r} holds {value}; classes count from 0"
+                )
+    if kind is not str:
         return torch.tensor(values, dtype=torch.int64), ()
     classes = tuple(sorted(set(values)))
     number = {c: i for i, c in enumerate(classes)}

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from limbeck import memory
 from limbeck.data.faults import tolerated
 from limbeck.errors import UserError
 
@@ -66,7 +67,7 @@ def opened(source: Path | bytes, name: str) -> Image.Image:
     """
     try:
         with _FILTERS, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             image = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError:
@@ -150,6 +151,8 @@ def decode_all(number: int, read: Callable[[int], Tensor]) -> Tensor:
     """Decode many images of one size at once, (N, C, H, W); PIL lets other threads run."""
     with ThreadPoolExecutor() as pool:
         first = read(0)
+        what = f"{number:,} images of {first.shape[1]:,} x {first.shape[2]:,} pixels"
+        memory.check(what, number * first.numel())
         pixels = torch.empty((number, *first.shape), dtype=torch.uint8)
 
         def put(index: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from limbeck import memory, plain
 from limbeck.data import cifar, formats
 from limbeck.data.data import Data, ResidentImages, Split
+from limbeck.data.faults import each
 from limbeck.data.folder import read_folder
 from limbeck.data.images import decode
 from limbeck.data.splits import sample, split_off_test, split_off_validation
@@ -21,6 +22,7 @@ from limbeck.errors import UserError, did_you_mean, readable
 KINDS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder", "parquet", "hf")
 
 _FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot"
+_BATCH = re.compile(r"(data_batch\w*|test_batch|train|test)(\.bin)?")
 _FINE_NAMES = ("classes.txt", "batches.meta.txt", "fine_label_names.txt")
 _COARSE_NAMES = ("coarse_classes.txt", "coarse_label_names.txt")
 
@@ -78,8 +80,9 @@ def kind_of(source: str) -> str:
 
 def read_image(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
     """One image file as the networks' view: uint8 (C, H, W), fitted to ``size``."""
-    if not path.is_file():
-        raise UserError(f"the image {path} does not exist")
+    with readable(f"the image {path}"):
+        if not path.is_file():
+            raise UserError(f"the image {path} does not exist")
     return decode(path, channels, size, str(path))
 
 
@@ -163,6 +166,11 @@ def _finish(source: str, kind: str, pools: _Pools, validation: float) -> Data:
         train, held = split_off_validation(train, validation)
     else:
         held = train.subset([], "validation")
+    if not len(test):
+        raise UserError(
+            f"{source} has too few samples: of {len(train):,} in {len(classes)} classes none is "
+            "left for testing"
+        )
     train = Split("train", train.images, train.labels, train.rows)
     for split in (train, held, test):
         if split.labels is not None and len(split.labels):
@@ -254,8 +262,9 @@ def _idx(names: str) -> Callable[[Path | None, tuple[int, int] | None, str | Non
         folder = _existing(path, kind) if path else _downloaded(kind)
         folder = folder.parent if "ubyte" in folder.name and folder.is_file() else folder
         pools: dict[str, formats.Pool] = {}
-        for split, stem in (("train", "train"), ("test", "t10k")):
-            pool = formats.idx_pool(folder, stem)
+        stems = {"train": "train", "test": "t10k"}
+        found = each(lambda stem: formats.idx_pool(folder, stem), stems.values())
+        for split, pool in zip(stems, found, strict=True):
             if pool is not None:
                 pools[split] = (_sized(pool[0], size), pool[1])
         if not pools:
@@ -288,10 +297,10 @@ def _cifar(kind: str) -> Callable[[Path | None, tuple[int, int] | None, str | No
         versions = set()
         parts: dict[str, list[formats.Pool]] = {"train": [], "test": []}
         notes: list[str] = []
-        for name, raw in formats.members(folder):
+
+        def add(member: tuple[str, bytes]) -> None:
+            name, raw = member
             file = Path(name).name
-            if not re.fullmatch(r"(data_batch\w*|test_batch|train|test)(\.bin)?", file):
-                continue
             versions.add(file.endswith(".bin"))
             decoder = formats.cifar_binary if file.endswith(".bin") else formats.cifar_pickle
             split = "test" if file.startswith("test") else "train"
@@ -299,6 +308,8 @@ def _cifar(kind: str) -> Callable[[Path | None, tuple[int, int] | None, str | No
             parts[split].append(pool)
             if cifar.altered(file, len(pool[0]), raw):
                 notes.append(f"{file} is not the official file: its MD5 differs")
+
+        each(add, formats.members(folder, _BATCH.fullmatch))
         if len(versions) > 1:
             raise UserError(f"{folder} holds both the binary and the Python version; name one")
         pools = {split: _joined(found, size) for split, found in parts.items() if found}
@@ -368,13 +379,17 @@ def _parquet(path: Path | None, size: tuple[int, int] | None, label: str | None)
         groups["train"] = others
     pools: dict[str, formats.Pool] = {}
     classes: tuple[str, ...] = ()
-    for split in sorted(groups, key=("train", "validation", "test").index):
+
+    def add(split: str) -> None:
+        nonlocal size, classes
         pixels, labels, names = formats.parquet_pool(groups[split], label, size)
         size = (pixels.shape[2], pixels.shape[3])
         if classes and names and labels is not None and names != classes:
             labels = _renumbered(labels, names, classes, root, split)
         classes = classes or names
         pools[split] = (pixels, labels)
+
+    each(add, sorted(groups, key=("train", "validation", "test").index))
     if not classes:
         prefix = (label or "").removesuffix("_label")
         own = _FINE_NAMES if prefix in ("", "label", "labels", "fine") else ()
