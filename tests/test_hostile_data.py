@@ -213,6 +213,16 @@ def test_good_data_are_read(kind, tmp_path):
         ),
         ("pairs", lambda r: picture(r / "train/1.png", (1, 32)), "train/1.png is too narrow"),
         ("lanes", text("label_data.json", b"\xff\n"), "label_data.json is no text in UTF-8"),
+        (
+            "lanes",
+            more("label_data.json", '{"lanes": [[NaN]], "h_samples": [3], "raw_file": "a"}'),
+            "line 7 of .*label_data.json is no label",
+        ),
+        (
+            "lanes",
+            more("label_data.json", '{"lanes": [], "h_samples": [3], "raw_file": "/etc/hostname"}'),
+            "/etc/hostname, which line 7 of .*label_data.json names, lies outside",
+        ),
         ("lanes", more("label_data.json", DEEP), "line 7 of .*label_data.json is no label"),
         (
             "tsv",

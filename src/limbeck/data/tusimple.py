@@ -125,6 +125,8 @@ def _label(root: Path, line: str, where: str) -> tuple[Path, Tensor, Tensor]:
         rows = torch.tensor(entry["h_samples"], dtype=torch.int64)
         x = torch.tensor(entry["lanes"], dtype=torch.float64).view(-1, len(rows))
         frame = root / str(entry["raw_file"])
+        if not x.isfinite().all():
+            raise ValueError
     except (ValueError, KeyError, TypeError, RuntimeError):
         raise UserError(
             f"{where} is no label: wanted is a JSON object with h_samples, lanes (a column for "
@@ -132,6 +134,8 @@ def _label(root: Path, line: str, where: str) -> tuple[Path, Tensor, Tensor]:
         ) from None
     if not frame.is_file():
         raise UserError(f"the frame {frame}, which {where} names, does not exist")
+    if not frame.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"the frame {frame}, which {where} names, lies outside {root}")
     return frame, x, rows
 
 
