@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,19 @@ def test_images_from_disk_equal_those_in_memory_bit_for_bit(
     for a, b in zip(disk, memory, strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("replace", [lambda path: None, Path.mkdir, os.mkfifo])
+def test_an_image_that_is_gone_or_something_else_since_it_was_found_is_named(
+    stored: tuple[Split, Split], replace: Callable[[Path], None]
+) -> None:
+    split = stored[0]
+    assert isinstance(split.images, FileImages)
+    path = split.images.paths[4]
+    path.unlink()
+    replace(path)
+    with pytest.raises(UserError, match=r"04\.png cannot be read as an image"):
+        list(ImageBatches(split, 4).epoch(0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

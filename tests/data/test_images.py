@@ -111,6 +111,68 @@ def test_floats_from_0_to_1_and_whole_numbers_to_255_fill_the_range() -> None:
     assert pixels(encoded(whole, "TIFF"), channels=1)[:, :, 0].tolist() == [[0, 51, 255]]
 
 
+@pytest.mark.parametrize("white", [1, 255])
+def test_what_is_no_number_is_black_and_the_infinite_white(white: int) -> None:
+    values = np.array([[np.nan, -np.inf, np.inf, white / 5, white]], dtype=np.float32)
+    found = pixels(encoded(Image.fromarray(values), "TIFF"), channels=1)
+    assert found[:, :, 0].tolist() == [[0, 0, 255, 51, 255]]
+    nothing = Image.fromarray(np.full((1, 1), np.nan, np.float32))
+    assert pixels(encoded(nothing, "TIFF"), channels=1).tolist() == [[[0]]]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+
+def png(width: int, depth: int, colour: int, row: bytes, *chunks: bytes) -> bytes:
+    """A PNG of one row, byte by byte."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    parts = [chunk(b"IHDR", header), *chunks, data, chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (png(1, 16, 2, struct.pack(">3H", 0, 65535, 32896)), [[0, 255, 128]]),
+        (png(1, 16, 6, struct.pack(">4H", 0, 65535, 32896, 0)), [[255, 255, 255]]),
+        (png(2, 16, 4, struct.pack(">4H", 32896, 65535, 0, 0)), [[128] * 3, [255] * 3]),
+        (png(4, 2, 0, b"\x1b"), [[0] * 3, [85] * 3, [170] * 3, [255] * 3]),
+        (png(2, 1, 3, b"\x80", chunk(b"PLTE", bytes(range(6)))), [[3, 4, 5], [0, 1, 2]]),
+        (b"P6 1 1 65535\n" + struct.pack(">3H", 257, 65535, 32896), [[1, 255, 128]]),
+        (b"P5 2 1 1023\n" + struct.pack(">2H", 0, 1023), [[0] * 3, [255] * 3]),
+        (b"P3 1 1 255\n1 2 3\n", [[1, 2, 3]]),
+        (b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.2), [[51] * 3]),
+    ],
+    ids=["rgb16", "rgba16", "grey16-alpha", "grey2", "palette1", "ppm16", "pgm10", "plain", "pfm"],
+)
+def test_depths_that_are_written_byte_by_byte_are_read(raw: bytes, expected: Any) -> None:
+    assert pixels(raw).tolist() == [expected]
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_words_in_an_image_that_swell_are_refused(kind: bytes) -> None:
+    swollen = chunk(kind, b"a\0\0" + zlib.compress(bytes(2**25)))
+    assert "too large" in sentence(png(1, 8, 0, b"\7", swollen))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0),
+        b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(4) + b"\xff" * 6,
+        b"P6 100000 100000 255\n",
+        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 99, 0, 0, 54, 40, 10**5, 10**5, 1, 24, *[0] * 6),
+    ],
+    ids=["gif", "webp", "ppm", "bmp"],
+)
+def test_an_immense_image_of_any_format_is_refused(raw: bytes) -> None:
+    text = sentence(raw)
+    assert "64,000,000" in text or "cannot be read" in text
+
+
 def test_one_bit_is_black_and_white() -> None:
     bits = Image.fromarray(np.array([[0, 255, 255, 0]], dtype=np.uint8)).convert("1")
     for kind in ("PNG", "TIFF", "BMP", "GIF"):
@@ -201,10 +263,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG whose header promises more pixels than its few bytes hold."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = zlib.compress(bytes(1000))

@@ -19,6 +19,7 @@ from torch import Tensor
 from limbeck import memory
 from limbeck.data.faults import tolerated
 from limbeck.errors import UserError
+from limbeck.files import regular
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -68,7 +69,7 @@ def opened(source: Path | bytes, name: str) -> Image.Image:
     try:
         with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            file = io.BytesIO(source) if isinstance(source, bytes) else regular(source)
             image = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError:
         raise UserError(
@@ -95,12 +96,15 @@ def _reason(error: Exception) -> str:
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    sixteen = deep and (image.mode.startswith("I;16") or image.format in ("PNG", "PPM"))
+    whole = deep and image.mode != "F"
+    sixteen = whole and (image.mode.startswith("I;16") or image.format in ("PNG", "PPM"))
     image = ImageOps.exif_transpose(image)
     if deep:
-        values = np.nan_to_num(np.array(image, dtype=np.float64))
+        values = np.array(image, dtype=np.float64)
+        finite = values[np.isfinite(values)]
+        values = np.nan_to_num(values)
         # A file of 32 bits does not say what white is: the least usual level that holds them all.
-        white = 65535.0 if sixteen else _white(float(values.max()), image.mode)
+        white = 65535.0 if sixteen else _white(float(finite.max(initial=0)), image.mode)
         image = Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
