@@ -221,6 +221,71 @@ def test_hostile_words_are_text_everywhere(hostile):
     assert "{{7*7}}" in found.text["td"]
 
 
+def pixels(*shape: int) -> torch.Tensor:
+    return torch.arange(64).view(8, 8).byte().expand(*shape, 8, 8).contiguous()
+
+
+def scenes(path: Path) -> None:
+    tensors = {"images": pixels(1, 3), "labels": pixels(1) % 3, "masks.student": pixels(1) % 2}
+    save_file(tensors, path / "predictions.safetensors", {"classes": "\n".join(NAMES)})
+
+
+def boxes(path: Path) -> None:
+    corners, one = torch.tensor([[0.0, 0.0, 5.0, 5.0]]), torch.tensor([1])
+    tensors = {"images": pixels(1, 3), "labels": one[None], "boxes": corners[None]}
+    tensors |= {"student.of": one - 1, "student.scores": torch.ones(1)}
+    tensors |= {"student.boxes": corners.clone(), "student.labels": one.clone()}
+    save_file(tensors, path / "detections.safetensors", {"classes": "\n".join(NAMES)})
+
+
+def sentences(path: Path) -> None:
+    words = list(NAMES)
+    said = {"source": words, "reference": words, "said": {"student": words}}
+    (path / "predictions.json").write_text(json.dumps(said))
+
+
+def texts(path: Path) -> None:
+    shown = [{"position": n, "texts": [word]} for n, word in enumerate(NAMES)]
+    (path / "examples.json").write_text(json.dumps(shown))
+
+
+def columns(path: Path) -> None:
+    tensors = {"places": torch.rand(4, 5), "curve.student": torch.rand(4, 5)}
+    lines = "\n".join(f"{word}\t{word}" for word in NAMES)
+    save_file(tensors, path / "curves.safetensors", {"columns": lines})
+
+
+def images(path: Path) -> None:
+    tensors = {"given": pixels(1, 1), "true": pixels(1, 3), "made.student": pixels(1, 3)}
+    save_file(tensors, path / "made.safetensors")
+
+
+NAMES = HOSTILE[:4]
+
+
+@pytest.mark.parametrize(
+    ("task", "left", "section", "facts"),
+    [
+        ("segmentation", scenes, "masks", {"class_iou": {"student": dict.fromkeys(NAMES, 0.5)}}),
+        ("detection", boxes, "found", {"by_class": {"student": dict.fromkeys(NAMES, 0.5)}}),
+        ("translation", sentences, "sentences", {}),
+        ("text", texts, "texts", {}),
+        ("tabular", columns, "curves-of-columns", {}),
+        ("generation", images, "made", {"measures": {"student": dict.fromkeys(NAMES, 0.5)}}),
+    ],
+)
+def test_hostile_words_are_text_in_every_task(make_run, tmp_path, task, left, section, facts):
+    run = make_run(tmp_path / "run", classes=NAMES)
+    change(run, task=task, names={"student": NAMES[0]}, **facts)
+    left(run.path)
+    found = read(run)
+    assert section in found.sections
+    assert not found.all("script")
+    assert not [a for _, attributes in found.tags for a in attributes if a.startswith("on")]
+    assert all((i["src"] or "").startswith("data:") for i in found.all("img"))
+    assert NAMES[1][:20] in " ".join(found.text.values())
+
+
 @pytest.mark.parametrize("word", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_word_can_be_drawn(word):
     drawn = panel("x", word, lambda axes: (axes.set_title(word), axes.plot([0, 1], label=word)))
