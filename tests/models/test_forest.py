@@ -7,7 +7,7 @@ from sklearn.datasets import load_iris, load_wine
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from limbeck.errors import UserError
-from limbeck.models import build, load, save
+from limbeck.models import build, load, save, weights
 from limbeck.models.forest import LEAST, Forest
 from limbeck.models.table import Column, TableInput
 
@@ -129,3 +129,14 @@ def test_what_is_fed_is_restored():
     assert table.width == 5
     assert torch.allclose(table.restored(table(rows)), rows)
     assert TableInput.from_json({"columns": [vars(c) for c in table.columns]}) == table
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("left", 99), ("right", -1), ("feature", 2), ("feature", -5)]
+)
+def test_stored_trees_that_lead_out_of_their_arrays_are_refused(name, place):
+    forest = Forest(inputs=2, trees=3, leaves=4, classes=2)
+    state = {key: tensor.clone() for key, tensor in forest.state_dict().items()}
+    state[name][1, 0] = place
+    with pytest.raises(UserError, match=f"w.pt does not fit the model: {name} holds places beyond"):
+        weights.fit(forest, state, "w.pt")

@@ -54,6 +54,7 @@ class Forest(Solved):
         self.register_buffer("left", torch.arange(nodes).repeat(trees, 1))
         self.register_buffer("right", torch.arange(nodes).repeat(trees, 1))
         self.register_buffer("depth", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_check_places)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         tree = torch.arange(self.trees, device=x.device)
@@ -100,3 +101,13 @@ class Forest(Solved):
         self.threshold[number, own] = torch.where(rounded.double() > exact, below, rounded)
         value = torch.from_numpy(tree.value.copy()).reshape(tree.node_count, len(classes))
         self.value[number, own[:, None], classes] = (value / value.sum(1, keepdim=True)).float()
+
+
+def _check_places(forest: nn.Module, _: Any) -> None:
+    """Refuse stored trees that lead out of their arrays."""
+    assert isinstance(forest, Forest), "the hook is a forest's own"
+    ends = {"feature": forest.inputs, "left": 2 * forest.leaves - 1, "right": 2 * forest.leaves - 1}
+    for name, end in ends.items():
+        places = getattr(forest, name)
+        if not bool(((places >= 0) & (places < end)).all()):
+            raise ValueError(f"{name} holds places beyond the {end:,} that there are")

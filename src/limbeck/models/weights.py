@@ -160,7 +160,10 @@ def fit(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     if any(wrong.values()):
         said = "; ".join(f"{kind} {_few(names)}" for kind, names in wrong.items() if names)
         raise UserError(f"{origin} does not fit the model: {said}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"{origin} does not fit the model: {error}") from None
     check_finite(model.state_dict(), origin)
 
 
