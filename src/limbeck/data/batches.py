@@ -172,21 +172,21 @@ def served(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
         return
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         sentence = failure(error)
-        if not sentence:
+        if not sentence or not loader.num_workers:
             raise
     # Here, where nothing holds the loader's other processes any more.
     raise UserError(sentence)
 
 
-def failure(error: RuntimeError) -> str:
+def failure(error: Exception) -> str:
     """What a loader's error says of the processes that read for it; nothing if it does not.
 
     Torch raises it wherever the main process is when one of them dies.
     """
     said = str(error)
-    if said.startswith("DataLoader worker (pid"):
+    if said.startswith("DataLoader worker (pid") or not isinstance(error, RuntimeError):
         return (
             "a process that reads samples died, killed from outside or out of memory; read with "
             "fewer (engine.workers, or your data loader's num_workers)"
