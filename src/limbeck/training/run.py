@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -196,7 +195,7 @@ class Run:
     def close(self) -> None:
         """Let go of the metrics; what cannot be written of them is lost and was not counted on."""
         if self._metrics is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._metrics.close()
             self._metrics = None
 

@@ -292,7 +292,6 @@ class Trainer:
         if self._signal is not None:
             stop(number)
         self._signal = number
-        self.voice.say("stopping at the end of this step; once more stops at once")
 
     def stop_if_asked(self, save: Callable[[], None]) -> None:
         """Save and leave if a signal has arrived."""
