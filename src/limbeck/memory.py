@@ -40,10 +40,10 @@ def check(what: str, wanted: int) -> None:
 def enough(what: Callable[[], str], lower: str) -> Iterator[None]:
     """Say in a sentence what wanted more memory than there is, and which recipe key to ``lower``.
 
-    >>> with enough(lambda: "a step", "training.batch_size"):
+    >>> with enough(lambda: "step 4", "batch_size"):
     ...     raise MemoryError
     Traceback (most recent call last):
-    limbeck.errors.UserError: a step wanted more memory than there is; lower training.batch_size ...
+    limbeck.errors.UserError: step 4 wanted more memory than there is; lower batch_size, ...
     """
     try:
         yield
