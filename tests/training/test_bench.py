@@ -80,6 +80,21 @@ def test_a_network_without_convolutions_is_left_contiguous():
     assert bench(model).student(0).memory_format == torch.contiguous_format
 
 
+@pytest.mark.parametrize(
+    ("inputs", "stride", "layout"),
+    [
+        (3, 2, torch.contiguous_format),
+        (3, 1, torch.channels_last),
+    ],
+)
+def test_a_convolution_whose_backward_pass_spoils_memory_is_left_contiguous(inputs, stride, layout):
+    model = nn.Sequential(
+        nn.Conv2d(inputs, 8, 1, stride), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    laid = bench(model, engine=Engine(device="cpu")).student(0)
+    assert laid.memory_format == layout
+
+
 def test_channels_last_can_be_switched_off():
     network = bench(engine=Engine(channels_last=False)).student(0)
     assert network.memory_format == torch.contiguous_format
