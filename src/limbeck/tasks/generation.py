@@ -185,17 +185,15 @@ class Penultimate(nn.Module):
                 "features lie that are compared"
             )
         self.network = network.eval().requires_grad_(False)
-        self.num_features = layers[-1].in_features
-        layers[-1].register_forward_pre_hook(self._keep)
-        self._kept: Tensor | None = None
-
-    def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._kept = inputs[0]
+        self.last = layers[-1]
+        self.num_features = self.last.in_features
 
     def forward(self, images: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        hook = self.last.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
         self.network(images)
-        assert self._kept is not None, "the last layer was run"
-        return self._kept.double().flatten(1)
+        hook.remove()
+        return kept[-1].double().flatten(1)
 
 
 class JudgedGeneration(Generation):
