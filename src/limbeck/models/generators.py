@@ -74,8 +74,6 @@ class ResNetGenerator(nn.Sequential):
                 nn.init.normal_(module.weight, 0.0, 0.02)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        self.stages = ("9", str(9 + blocks))
-        """What goes into the residual blocks, and what comes out of the last."""
 
 
 @dataclass(frozen=True)
